@@ -1,0 +1,512 @@
+"""The rule engine: an op's definition, its forward and its backward, registered in one place.
+
+A **rule** is a reference (the body of the public function: the definition, in plain JAX), a ``forward`` that
+also returns what the backward needs, a ``backward``, and samples. ``@rule`` puts it into ``RULES`` and gives
+an **op**: an ordinary function with the same signature, whose halves are public.
+
+    y = op(*args, **options)                    under jax.grad, the backward written by hand
+    y, saved = op.forward(*args, **options)     the same two halves, called by hand
+    cotangents = op.backward(saved, dy)         one for each argument that is not static, None where there is none
+
+This module is the only user of ``jax.custom_vjp``. Once, for all rules, it sees to it that
+
+- one ``custom_vjp`` exists for each op and static arguments (a new one at each call would retrace), and each op is
+  jitted, so that an eager call costs what a call of a jax.nn function costs;
+- shapes, arity and integer arguments of a backward are checked, and its cotangents cast to their primal's dtype;
+- the backward runs under the forward's matmul precision and mesh, and its cotangents vary over the same mesh axes
+  as their primals (``shard_map`` with ``check_vma=True``, explicit shardings);
+- arguments that are not differentiated cost nothing: what only their cotangents need is not kept.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Var
+
+from fbackprop import context
+from fbackprop.samples import Sample, normal, sample
+
+__all__ = ["RULES", "Op", "Rule", "Saved", "elementwise", "rule"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """All that is known of one op. ``forward(*args, **static)`` returns ``(y, saved)``; ``backward(saved, dy, **static)``
+    a tuple with one cotangent for each argument that is not static, in their order."""
+
+    name: str
+    reference: Callable[..., Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    static: tuple[str, ...] = ()
+    primal: Callable[..., Any] | None = None  # runs when nothing is differentiated; the reference by default
+    exact: bool = True  # False: meant to differ from the gradient (straight-through)
+    samples: tuple[Sample, ...] = ()
+    workloads: tuple[Sample, ...] = ()
+    keeps: str = ""  # what is kept for the backward, in words, for the table of rules
+
+    @functools.cached_property
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(self.reference)
+
+    @functools.cached_property
+    def arguments(self) -> tuple[str, ...]:
+        """The names of the arguments that are not static: those that get a cotangent (or None)."""
+        return tuple(n for n in self.signature.parameters if n not in self.static)
+
+    @functools.cached_property
+    def backward_static(self) -> tuple[str, ...]:
+        """The static arguments that the backward asks for."""
+        return tuple(n for n in inspect.signature(self.backward).parameters if n in self.static)
+
+    @functools.cached_property
+    def op(self) -> "Op[..., Any]":
+        return _make_op(self)
+
+    @property
+    def formula(self) -> str:
+        """The derivation: the docstring of the module that the op stands in."""
+        return inspect.getdoc(inspect.getmodule(self.reference)) or ""
+
+    def split(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The arguments of a call as (arrays in the order of the signature, values of the static ones)."""
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}; the signature is {self.name}{self.signature}.") from None
+        bound.apply_defaults()
+        for name in self.static:
+            try:
+                hash(bound.arguments[name])
+            except TypeError:
+                kind = "a traced value" if isinstance(bound.arguments[name], jax.core.Tracer) else "not hashable"
+                raise TypeError(
+                    f"{self.name}: {name} is static, so it must be a hashable Python value such as a number, a string or "
+                    f"a tuple; got {bound.arguments[name]!r}, which is {kind}."
+                ) from None
+        return tuple(bound.arguments[n] for n in self.arguments), tuple(bound.arguments[n] for n in self.static)
+
+    def call(self, fn: Callable[..., Any], dynamic: Sequence[Any], static: Sequence[Any]) -> Any:
+        """Calls the reference, primal or forward with arguments as ``split`` gives them."""
+        return fn(**dict(zip(self.arguments, dynamic)), **dict(zip(self.static, static)))
+
+
+RULES: dict[str, Rule] = {}
+"""Every rule by the name of its op, in the order of import."""
+
+
+class Op(Protocol, Generic[P, R_co]):
+    """An ordinary function that has a rule. ``backward`` returns one cotangent for each argument that is not static,
+    in the order of the signature, ``None`` for integers, masks, keys and absent arguments."""
+
+    __name__: str
+    rule: Rule
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+    def forward(self, *args: P.args, **kwargs: P.kwargs) -> "tuple[R_co, Saved]": ...
+
+    def backward(self, saved: "Saved", dy: Any) -> tuple[Any, ...]: ...
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a backward must know that is not an array. Static in a pytree: no leaves, no bytes."""
+
+    rule: Rule
+    static: tuple[Any, ...]
+    types: tuple[Any, ...]  # a pytree of jax.typeof for each argument, as (leaves, structure)
+    ranks: tuple[int, ...]  # of the saved leaves
+    precision: str | None
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("structure", "record"))
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What the forward keeps for the backward: a pytree, with the static arguments inside its structure.
+    ``saved.named()`` is the rule's own record, with its names.
+
+    A leaf that no wanted cotangent needs is kept as an array of no elements, with a leading axis of length 0 before
+    its own. (Leaving it out would change the structure with the arguments that are differentiated. JAX keeps one
+    structure for each traced call and reads a stale one when the call is differentiated in two ways.)
+    """
+
+    values: list[Any]
+    structure: Any
+    record: Record
+
+    def named(self) -> Any:
+        """The record that the rule's forward made, zeros where a leaf was not needed."""
+        leaves = [
+            v if v.ndim == rank else jnp.zeros(v.shape[1:], v.dtype)
+            for v, rank in zip(map(jnp.asarray, self.values), self.record.ranks)
+        ]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def rule(
+    *,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    static: Sequence[str] = (),
+    primal: Callable[..., Any] | None = None,
+    exact: bool = True,
+    samples: Sequence[Sample] = (),
+    workloads: Sequence[Sample] = (),
+    keeps: str = "",
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Registers the decorated function, whose body is the definition, with the backward written by hand.
+
+    Args:
+      forward: ``forward(<the same arguments>) -> (y, saved)``; ``saved`` is any pytree, best a NamedTuple.
+      backward: ``backward(saved, dy, *, <static arguments it needs>) -> (d<argument>, …)``.
+      static: names of the arguments that are hashable Python values; every other argument may be traced.
+      primal: ``primal(<the same arguments>) -> y`` for calls that are not differentiated.
+      exact: False for a rule that is meant to differ from the gradient of the definition.
+      samples: inputs that the tests use. workloads: inputs that the benchmarks use.
+      keeps: what is kept for the backward, in words.
+    Raises:
+      TypeError: at import, where the signatures of the functions do not fit each other.
+    """
+
+    def register(reference: Callable[P, R]) -> Op[P, R]:
+        record = Rule(
+            reference.__name__, reference, forward, backward, tuple(static), primal, exact, tuple(samples),
+            tuple(workloads), keeps,
+        )  # fmt: skip
+        _check_signatures(record)
+        RULES[record.name] = record
+        return cast(Op[P, R], record.op)
+
+    return register
+
+
+def _check_signatures(rule: Rule) -> None:
+    """Refuses at import what would otherwise be a puzzling error, or a wrong gradient, at the first call."""
+    who, parameters = f"rule {rule.name}", rule.signature.parameters
+    if rule.name in RULES and inspect.getmodule(RULES[rule.name].reference) is not inspect.getmodule(rule.reference):
+        raise TypeError(f"{who}: there is a rule of this name in {RULES[rule.name].reference.__module__}.")
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(p.kind in variadic for p in parameters.values()):
+        raise TypeError(f"{who}: *args and **kwargs cannot be bound by name; the signature is {rule.signature}.")
+    if unknown := [n for n in rule.static if n not in parameters]:
+        raise TypeError(f"{who}: static names {unknown}, which the signature {rule.signature} does not have.")
+    for what, fn in (("forward", rule.forward), ("primal", rule.primal)):
+        if fn is not None and set(inspect.signature(fn).parameters) != set(parameters):
+            raise TypeError(
+                f"{who}: its {what} takes {inspect.signature(fn)}; expected the arguments of the definition, {rule.signature}."
+            )
+    first = list(inspect.signature(rule.backward).parameters.values())
+    extra = [p.name for p in first[2:] if p.name not in rule.static]
+    if len(first) < 2 or extra or any(p.kind is p.KEYWORD_ONLY for p in first[:2]):
+        raise TypeError(
+            f"{who}: its backward takes {inspect.signature(rule.backward)}; expected (saved, dy) and then static arguments "
+            f"out of {rule.static}."
+        )
+
+
+def _make_op(rule: Rule) -> Op[..., Any]:
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        dynamic, static = rule.split(args, kwargs)
+        if context.uses_references():
+            return rule.call(rule.reference, dynamic, static)
+        return _differentiable(rule, *static)(*dynamic)
+
+    def halves_forward(*args: Any, **kwargs: Any) -> tuple[Any, Saved]:
+        dynamic, static = rule.split(args, kwargs)
+        jax.eval_shape(lambda *d: rule.call(rule.reference, d, static), *dynamic)  # its checks of bad input
+        return _run_forward(rule, dynamic, static, wanted=None)
+
+    # jit, as on the functions of jax.nn: it makes eager calls cheap, and the user context is part of its key.
+    # It takes names and positions of static arguments from the signature.
+    for fn in (dispatch, halves_forward):
+        fn.__name__ = fn.__qualname__ = rule.name
+        fn.__signature__ = rule.signature  # type: ignore[attr-defined]
+    jitted = jax.jit(dispatch, static_argnames=rule.static, inline=True)
+    jitted_forward = jax.jit(halves_forward, static_argnames=rule.static, inline=True)
+    jitted_backward = jax.jit(_run_backward, inline=True)
+
+    @functools.wraps(rule.reference)
+    def op(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return jitted(*args, **kwargs)
+        except (TypeError, ValueError):
+            rule.split(args, kwargs)  # says it in a sentence where the arguments do not bind or are not hashable
+            raise
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Any, Saved]:
+        try:
+            return jitted_forward(*args, **kwargs)
+        except (TypeError, ValueError):
+            rule.split(args, kwargs)
+            raise
+
+    def backward(saved: Saved, dy: Any) -> tuple[Any, ...]:
+        if not isinstance(saved, Saved) or saved.record.rule is not rule:
+            what = f"{saved.record.rule.name}.forward" if isinstance(saved, Saved) else f"a {type(saved).__name__}"
+            raise TypeError(f"{rule.name}.backward: expected what {rule.name}.forward saved, got {what}.")
+        return jitted_backward(saved, dy)
+
+    forward.__doc__ = f"The forward half of {rule.name}: (y, saved), from the arguments of {rule.name}."
+    forward.__signature__ = rule.signature  # type: ignore[attr-defined]
+    backward.__doc__ = (
+        f"The backward half of {rule.name}: cotangents of ({', '.join(rule.arguments)}) from what the forward saved and "
+        "the cotangent of y; None for integers, masks, keys and absent arguments."
+    )
+    for name, value in (("rule", rule), ("forward", forward), ("backward", backward)):
+        setattr(op, name, value)
+    return cast(Op[..., Any], op)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _differentiable(rule: Rule, *static: Any) -> Callable[..., Any]:
+    """The custom_vjp of an op with these static arguments; ``typed`` because 1 == 1.0 == True."""
+
+    def primal(*dynamic: Any) -> Any:
+        return rule.call(rule.primal or rule.reference, dynamic, static)
+
+    def forward(*dynamic: Any) -> tuple[Any, Saved]:
+        # With symbolic_zeros every leaf arrives with a flag that tells whether it is differentiated.
+        values = jax.tree.map(lambda leaf: leaf.value, dynamic)
+        wanted = tuple(any(leaf.perturbed for leaf in jax.tree.leaves(argument)) for argument in dynamic)
+        return _run_forward(rule, values, static, wanted)
+
+    def backward(saved: Saved, dy: Any) -> tuple[Any, ...]:
+        return _run_backward(saved, jax.tree.map(_instantiate, dy, is_leaf=lambda d: isinstance(d, SymbolicZero)))
+
+    primal.__name__ = primal.__qualname__ = rule.name
+    differentiable = jax.custom_vjp(primal)
+    differentiable.defvjp(forward, backward, symbolic_zeros=True)
+    return differentiable
+
+
+def _instantiate(cotangent: Any) -> Any:
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
+
+
+def _run_forward(
+    rule: Rule, dynamic: tuple[Any, ...], static: tuple[Any, ...], wanted: tuple[bool, ...] | None
+) -> tuple[Any, Saved]:
+    result = rule.call(rule.forward, dynamic, static)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"{rule.name}: its forward must return (y, saved), got {type(result).__name__}.")
+    y, saved = result
+    values, structure = jax.tree.flatten(saved)
+    values = [jnp.asarray(v) for v in values]
+    types = tuple((tuple(map(jax.typeof, leaves)), tree) for leaves, tree in map(jax.tree.flatten, dynamic))
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    record = Record(rule, static, types, tuple(v.ndim for v in values), precision)
+    if wanted is not None and not all(w or not _differentiable_type(leaves) for w, (leaves, _) in zip(wanted, types)):
+        needed = _needed(Saved(values, structure, record), y, wanted)
+        values = [v if n else jnp.zeros((0, *v.shape), v.dtype) for n, v in zip(needed, values)]
+    return y, Saved(values, structure, record)
+
+
+def _differentiable_type(leaves: Sequence[Any]) -> bool:
+    return any(jnp.issubdtype(t.dtype, jnp.inexact) for t in leaves)
+
+
+def _needed(saved: Saved, y: Any, wanted: Sequence[bool]) -> list[bool]:
+    """For each saved leaf, whether a wanted cotangent depends on it: a sweep back over the backward's program."""
+
+    def cotangents(values: list[Any], dy: Any) -> list[Any]:
+        return [d for d, w in zip(_run_backward(dataclasses.replace(saved, values=values), dy), wanted) if w]
+
+    # y stands in for dy: it has its type.
+    jaxpr = jax.make_jaxpr(cotangents)(saved.values, y).jaxpr
+    live = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    for equation in reversed(jaxpr.eqns):
+        if live.intersection(equation.outvars):
+            live.update(v for v in equation.invars if isinstance(v, Var))
+    return [v in live for v in jaxpr.invars[: len(saved.values)]]
+
+
+def _run_backward(saved: Saved, dy: Any) -> tuple[Any, ...]:
+    record = saved.record
+    rule, options = record.rule, dict(zip(record.rule.static, record.static))
+    options = {name: options[name] for name in rule.backward_static}
+
+    def cotangents(values: list[Any], dy: Any) -> list[Any]:
+        named = dataclasses.replace(saved, values=values).named()
+        with jax.default_matmul_precision(record.precision):
+            result = rule.backward(named, dy, **options)
+        return _checked(rule, record.types, result)
+
+    mesh = _explicit_mesh(record.types)
+    if mesh is None:
+        flat = cotangents(saved.values, dy)
+    else:
+        # On a mesh with explicit axes every operation would have to tell the sharding of its output. Inside auto_axes
+        # the compiler chooses, and each cotangent leaves with the sharding of its primal.
+        shardings: list[Any] = []
+        none: list[bool] = []
+
+        def present(values: list[Any], dy: Any) -> list[Any]:
+            result = cotangents(values, dy)
+            none[:] = [d is None for d in result]
+            shardings[:] = [t.sharding.spec for d, t in zip(result, _leaf_types(record.types)) if d is not None]
+            return [d for d in result if d is not None]
+
+        with jax.sharding.use_abstract_mesh(mesh):
+            jax.eval_shape(jax.sharding.auto_axes(present, axes=mesh.explicit_axes, out_sharding=_REPLICATED), saved.values, dy)
+            run = jax.sharding.auto_axes(present, axes=mesh.explicit_axes, out_sharding=list(shardings))
+            given = iter(run(saved.values, dy))
+        flat = [None if n else next(given) for n in none]
+    flat = [None if d is None else _match_manual_axes(d, t) for d, t in zip(flat, _leaf_types(record.types))]
+    result, remaining = [], iter(flat)
+    for leaves, tree in record.types:
+        own = [next(remaining) for _ in leaves]
+        result.append(None if all(d is None for d in own) else jax.tree.unflatten(tree, own))
+    return tuple(result)
+
+
+_REPLICATED = jax.sharding.PartitionSpec()
+
+
+def _leaf_types(types: Sequence[Any]) -> list[Any]:
+    return [t for leaves, _ in types for t in leaves]
+
+
+def _explicit_mesh(types: Sequence[Any]) -> Any:
+    meshes = (t.sharding.mesh for t in _leaf_types(types) if not jnp.issubdtype(t.dtype, jax.dtypes.extended))
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+
+
+def _checked(rule: Rule, types: Sequence[Any], result: Any) -> list[Any]:
+    """The cotangents of a backward as a flat list, one for each leaf of the arguments, right in shape and dtype."""
+    who = f"{rule.name}: its backward"
+    if not isinstance(result, tuple) or len(result) != len(types):
+        got = f"{len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        raise TypeError(f"{who} must return a tuple of {len(types)} cotangents, for {', '.join(rule.arguments)}; got {got}.")
+    flat: list[Any] = []
+    for name, (leaves, tree), cotangent in zip(rule.arguments, types, result):
+        if cotangent is None or not leaves:  # an argument that was not given has no use for its cotangent
+            flat += [None] * len(leaves)
+            continue
+        try:
+            own = tree.flatten_up_to(cotangent)
+        except (ValueError, TypeError) as error:
+            raise TypeError(f"{who} returned a cotangent for {name} whose structure is not that of {name}: {error}") from None
+        for primal, d in zip(leaves, own):
+            if d is not None and not jnp.issubdtype(primal.dtype, jnp.inexact):
+                raise TypeError(f"{who} returned a cotangent for {name}, which is {primal.str_short()}; expected None.")
+            if d is not None and jnp.shape(d) != primal.shape:
+                raise TypeError(f"{who} returned shape {jnp.shape(d)} for {name}, whose shape is {primal.shape}.")
+            flat.append(None if d is None else jnp.asarray(d, primal.dtype))
+    return flat
+
+
+def _match_manual_axes(cotangent: Any, primal: Any) -> Any:
+    """Inside shard_map a cotangent must vary over the same mesh axes as its primal. A primal that is the same on all
+    devices gets the sum of what each device sends back."""
+    have, want = jax.typeof(cotangent).mat.varying, primal.mat.varying
+    if surplus := tuple(sorted(have - want)):
+        cotangent = jax.lax.psum(cotangent, surplus)
+    if missing := tuple(sorted(want - have)):
+        cotangent = jax.lax.pcast(cotangent, missing, to="varying")
+    return cotangent
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+    """Shapes, dtypes and structure of the arguments of an elementwise op, kept without keeping the arguments."""
+
+    of: tuple[tuple[tuple[int, ...], Any], ...]
+
+
+def elementwise(
+    *derivatives: Callable[..., Any],
+    narrow: Sequence[Callable[..., Any]] | None = None,
+    static: Sequence[str] = (),
+    exact: bool = True,
+    samples: Sequence[Sample] | None = None,
+    workloads: Sequence[Sample] | None = None,
+    keeps: str = "",
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """The one-line form of a rule: ``@elementwise(lambda y: y * (1 - y))`` over ``def sigmoid(x)``.
+
+    Args:
+      derivatives: one function for each argument that is not static, the derivative of the output with respect to it,
+        as a function of any of the arguments and of the output ``y``, by name. What no derivative names is not kept.
+        They compute in float32 or wider, and a smaller argument that was broadcast receives the sum.
+      narrow: the derivatives to use where x is narrower than float32: a rounded y may say less than x does.
+      static, exact, samples, workloads, keeps: as for ``rule``. By default arrays that suit a function of one argument.
+    """
+
+    def register(reference: Callable[P, R]) -> Op[P, R]:
+        parameters = tuple(inspect.signature(reference).parameters)
+        arguments = tuple(n for n in parameters if n not in static)
+        forms = (derivatives, derivatives if narrow is None else tuple(narrow))
+        for form in forms:
+            if len(form) != len(arguments):
+                raise TypeError(
+                    f"rule {reference.__name__}: {len(form)} derivatives for the arguments {', '.join(arguments)}; expected one each."
+                )
+            if unknown := {n for d in form for n in inspect.signature(d).parameters} - {*parameters, "y"}:
+                raise TypeError(f"rule {reference.__name__}: a derivative names {sorted(unknown)}; known are {parameters} and y.")
+
+        def chosen(dtype: Any) -> tuple[Callable[..., Any], ...]:
+            return forms[jnp.finfo(dtype).bits < 32]
+
+        def forward(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            bound = {name: value for name, value in kwargs.items() if name not in static}
+            y = reference(*args, **kwargs)
+            named = {n for d in chosen(y.dtype) for n in inspect.signature(d).parameters}
+            shapes = tuple((jnp.shape(bound[n]), jnp.result_type(bound[n])) for n in arguments)
+            kept = {n: v for n, v in {**bound, "y": y}.items() if n in named}
+            return y, (kept, _Shapes(shapes))
+
+        def backward(saved: Any, dy: Any, **options: Any) -> tuple[Any, ...]:
+            kept, shapes = saved
+            wide = jnp.promote_types(dy.dtype, jnp.float32)
+            known = {**{n: _widen(v, wide) for n, v in kept.items()}, **options}
+            result = []
+            for derivative, (shape, dtype) in zip(chosen(dy.dtype), shapes.of):
+                if not jnp.issubdtype(dtype, jnp.inexact):
+                    result.append(None)
+                    continue
+                slope = derivative(**{n: known[n] for n in inspect.signature(derivative).parameters})
+                # The chain rule for a function of single elements: d<argument> = dy · slope.
+                result.append(_sum_to(dy.astype(wide) * slope, shape))
+            return tuple(result)
+
+        kinds = inspect.Parameter
+        forward.__signature__ = inspect.signature(reference)  # type: ignore[attr-defined]
+        pair = [kinds("saved", kinds.POSITIONAL_ONLY), kinds("dy", kinds.POSITIONAL_ONLY)]
+        backward.__signature__ = inspect.Signature([*pair, *(kinds(n, kinds.KEYWORD_ONLY) for n in static)])  # type: ignore[attr-defined]
+        used = sorted({n for d in derivatives for n in inspect.signature(d).parameters if n not in static})
+        sizes = [sample(normal(4096, 3072), dtype=d) for d in ("float32", "bfloat16")]
+        return rule(
+            forward=forward,
+            backward=backward,
+            static=static,
+            exact=exact,
+            samples=[sample(normal(5, 7)), sample(normal(9, scale=4.0)), sample(normal())] if samples is None else samples,
+            workloads=sizes if workloads is None else workloads,
+            keeps=keeps or ", ".join(used),
+        )(reference)
+
+    return register
+
+
+def _widen(value: Any, dtype: Any) -> Any:
+    return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.inexact) else value
+
+
+def _sum_to(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums over the axes along which an argument of ``shape`` was broadcast."""
+    array = array.sum(tuple(range(array.ndim - len(shape))))
+    axes = tuple(i for i, n in enumerate(shape) if n == 1 and array.shape[i] != 1)
+    return array.sum(axes, keepdims=True) if axes else array
