@@ -458,7 +458,7 @@ def elementwise(
                 raise TypeError(f"rule {reference.__name__}: a derivative names {sorted(unknown)}; known are {parameters} and y.")
 
         def chosen(dtype: Any) -> tuple[Callable[..., Any], ...]:
-            return forms[jnp.finfo(dtype).bits < 32]
+            return forms[jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32]
 
         def forward(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
             bound = {name: value for name, value in kwargs.items() if name not in static}
@@ -478,8 +478,11 @@ def elementwise(
                     result.append(None)
                     continue
                 slope = derivative(**{n: known[n] for n in inspect.signature(derivative).parameters})
-                # The chain rule for a function of single elements: d<argument> = dy · slope.
-                result.append(_sum_to(dy.astype(wide) * slope, shape))
+                # The chain rule for a function of single elements: d<argument> = dy · slope. A slope of True and False
+                # selects: 0 · inf would be NaN.
+                d = dy.astype(wide)
+                d = jnp.where(slope, d, 0) if slope.dtype == bool else d * slope
+                result.append(_sum_to(d, shape))
             return tuple(result)
 
         kinds = inspect.Parameter

@@ -1,0 +1,62 @@
+"""Small arithmetic that several derivations share. Nothing here is an op."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+
+def wide_type(*arrays: ArrayLike) -> Any:
+    """The dtype to compute in: at least float32, so that in float64 a definition really is float64."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def wide(array: ArrayLike) -> jax.Array:
+    """The array in at least float32."""
+    array = jnp.asarray(array)
+    return array.astype(wide_type(array))
+
+
+def float_type(*arrays: ArrayLike) -> Any:
+    """The dtype of the result of a function of real numbers: that of its inputs, the default float for integers."""
+    dtype = jnp.result_type(*arrays)
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(dtype, jnp.float32)
+
+
+def require_float(who: str, **arrays: ArrayLike) -> None:
+    """Refuses arrays that are not of a floating-point dtype, by name."""
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+            raise TypeError(f"{who}: {name} must be of a floating-point dtype, got {jnp.result_type(array)}.")
+
+
+def shapes(**arrays: Any) -> str:
+    """``x (32, 5), kernel (7, 10)``, for messages."""
+    return ", ".join(f"{name} {jnp.shape(a)}" for name, a in arrays.items() if a is not None)
+
+
+def canonical_axes(who: str, axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    """``axis`` as sorted indices from the front; None means all."""
+    axes = range(ndim) if axis is None else ((axis,) if isinstance(axis, int) else tuple(axis))
+    if bad := [a for a in axes if not -ndim <= a < ndim]:
+        raise ValueError(f"{who}: axis {bad[0]} is out of range for an array with {ndim} dimensions.")
+    found = sorted({a % ndim for a in axes})
+    if len(found) != len(tuple(axes)):
+        raise ValueError(f"{who}: axis {axis} names a dimension twice.")
+    return tuple(found)
+
+
+def count(shape: Sequence[int], axes: Sequence[int]) -> int:
+    return math.prod(shape[a] for a in axes)
+
+
+def sum_to(array: jax.Array, shape: Sequence[int], dtype: DTypeLike | None = None) -> jax.Array:
+    """Sums over the axes along which an argument of ``shape`` was broadcast: the adjoint of broadcasting."""
+    lead = array.ndim - len(shape)
+    axes = tuple(range(lead)) + tuple(lead + i for i, n in enumerate(shape) if n == 1 and array.shape[lead + i] != 1)
+    if axes:
+        array = array.sum(axes, keepdims=True).reshape(shape)
+    return array if dtype is None else array.astype(dtype)

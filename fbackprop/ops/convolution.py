@@ -1,0 +1,269 @@
+"""Convolution (cross-correlation) over 1, 2 or 3 spatial dimensions.
+
+One spatial dimension, one group; o counts outputs, k kernel taps, s the stride, d the kernel's dilation, l the input's
+dilation (l − 1 zeros between neighbours of x), a the padding in front, X the dilated and padded x:
+
+    y[o, f] = Σ_k Σ_c X[o s + k d, c] K[k, c, f] + b[f],       X[i l + a, c] = x[i, c], zero elsewhere
+
+    dX[p, c]    = Σ_f Σ_{o s + k d = p} dy[o, f] K[k, c, f]    dy with s − 1 zeros between neighbours, convolved with
+                                                               the kernel turned around, c and f exchanged
+    dx[i, c]    = dX[i l + a, c]                               a stride of l over that
+    dK[k, c, f] = Σ_n Σ_o X[o s + k d, c] dy[o, f]             x convolved with dy: dy as a kernel dilated by s, moved in
+                                                               strides of d; the batch n is what is summed over
+    db[f]       = Σ_n Σ_o dy[o, f]
+
+With groups, c and f run within a group: the kernel of dx exchanges c and f inside each group; in dK the groups lie along
+the batch of the convolution (its batch is the features of x). Kept are x and the kernel. CIRCULAR and REFLECT padding copies
+elements of x, so their cotangents add up where they came from.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from fbackprop.ops._arithmetic import require_float, shapes, wide_type
+from fbackprop.ops._windows import Padding, Pads, check_fits, pad_by_copying, pads, per_dimension, unpad_by_adding
+from fbackprop.rules import rule
+from fbackprop.samples import normal, sample
+
+__all__ = ["conv"]
+
+_COPYING = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+Ints = int | Sequence[int] | None
+
+
+class _Plan(NamedTuple):
+    """The options of a convolution, one number for each spatial dimension."""
+
+    dims: int
+    strides: tuple[int, ...]
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    pads: Pads
+    mode: str | None  # how padding copies, None for zeros
+    groups: int
+
+
+def _plan(x: Any, kernel: Any, strides: Ints, padding: Padding, input_dilation: Ints, kernel_dilation: Ints, groups: int) -> _Plan:
+    who, dims = "conv", jnp.ndim(kernel) - 2
+    if not 1 <= dims <= 3:
+        raise ValueError(f"conv: kernel must be [*window, in, out] with 1 to 3 spatial dimensions, got {shapes(kernel=kernel)}.")
+    if jnp.ndim(x) < dims + 1:
+        raise ValueError(
+            f"conv: x must be [..., *spatial, features] with {dims} spatial dimensions, got {shapes(x=x, kernel=kernel)}."
+        )
+    (*window, cin, cout), features = jnp.shape(kernel), jnp.shape(x)[-1]
+    if not isinstance(groups, int) or groups < 1 or features % groups or cout % groups:
+        raise ValueError(
+            f"conv: feature_group_count {groups} must divide the {features} features of x and the {cout} of the kernel."
+        )
+    if cin * groups != features:
+        raise ValueError(
+            f"conv: x has {features} features in {groups} group{'s' * (groups > 1)}, kernel expects {cin} a group "
+            f"({shapes(x=x, kernel=kernel)})."
+        )
+    s = per_dimension(who, "strides", strides, dims)
+    l = per_dimension(who, "input_dilation", input_dilation, dims)
+    d = per_dimension(who, "kernel_dilation", kernel_dilation, dims)
+    sizes = jnp.shape(x)[-1 - dims : -1]
+    spread = [max((n - 1) * li + 1, 0) for n, li in zip(sizes, l)]
+    reach = [(w - 1) * di + 1 for w, di in zip(window, d)]
+    names = ("SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
+    mode = _COPYING.get(padding) if isinstance(padding, str) else None
+    # Copying pads x itself, before zeros are put between its elements.
+    amount = pads(who, padding, sizes if mode else spread, reach, s, names=names)
+    if padding == "CAUSAL" and any(li > 1 for li in l):
+        raise ValueError("conv: CAUSAL padding and input_dilation do not go together.")
+    if mode == "reflect" and any(max(p) >= n for p, n in zip(amount, sizes)):
+        raise ValueError(f"conv: REFLECT padding {amount} needs an image that is larger than it, got {sizes}.")
+    if mode:
+        spread = [(n + sum(p) - 1) * li + 1 for n, p, li in zip(sizes, amount, l)]
+    check_fits(who, spread, reach, ((0, 0),) * dims if mode else amount)
+    return _Plan(dims, s, l, d, amount, mode, groups)
+
+
+def _numbers(dims: int, lhs: str, rhs: str, out: str) -> Any:
+    """Dimension numbers from 'N', 'S' (all spatial dimensions), 'C' and so on, as in ``NSC``, ``SIO``, ``NSC``."""
+    spatial = "DHW"[3 - dims :]
+    return tuple(spec.replace("S", spatial) for spec in (lhs, rhs, out))
+
+
+def _batched(x: jax.Array, dims: int) -> jax.Array:
+    """Any number of batch dimensions as one."""
+    return x.reshape(-1, *x.shape[x.ndim - dims - 1 :])
+
+
+def _convolve(x: Any, kernel: Any, bias: Any, plan: _Plan, precision: Any) -> jax.Array:
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    dtype = jnp.result_type(x, kernel)
+    images = _batched(x, plan.dims).astype(dtype)
+    amount: Any = plan.pads
+    if plan.mode:
+        images, amount = pad_by_copying(images, plan.pads, plan.mode), ((0, 0),) * plan.dims
+    y = jax.lax.conv_general_dilated(
+        images,
+        kernel.astype(dtype),
+        plan.strides,
+        amount,
+        plan.input_dilation,
+        plan.kernel_dilation,
+        _numbers(plan.dims, "NSC", "SIO", "NSC"),
+        plan.groups,
+        precision=precision,
+    )
+    y = y.reshape(*x.shape[: x.ndim - plan.dims - 1], *y.shape[1:])
+    return y if bias is None else y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class _Saved(NamedTuple):
+    x: jax.Array
+    kernel: jax.Array
+
+
+def _forward(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    strides: Ints = 1,
+    padding: Padding = "SAME",
+    input_dilation: Ints = 1,
+    kernel_dilation: Ints = 1,
+    feature_group_count: int = 1,
+    precision: Any = None,
+) -> tuple[jax.Array, _Saved]:
+    plan = _plan(x, kernel, strides, padding, input_dilation, kernel_dilation, feature_group_count)
+    return _convolve(x, kernel, bias, plan, precision), _Saved(jnp.asarray(x), jnp.asarray(kernel))
+
+
+def _backward(
+    saved: _Saved,
+    dy: jax.Array,
+    *,
+    strides: Ints,
+    padding: Padding,
+    input_dilation: Ints,
+    kernel_dilation: Ints,
+    feature_group_count: int,
+    precision: Any,
+) -> tuple[Any, ...]:
+    x, kernel = saved
+    plan = _plan(x, kernel, strides, padding, input_dilation, kernel_dilation, feature_group_count)
+    dtype = jnp.result_type(x, kernel)
+    images, g = _batched(x, plan.dims).astype(dtype), _batched(dy, plan.dims).astype(dtype)
+    amount: Pads = plan.pads
+    if plan.mode:
+        images, amount = pad_by_copying(images, plan.pads, plan.mode), ((0, 0),) * plan.dims
+    # Sizes along each spatial dimension: of x with its zeros, of dy with its zeros, and how far the kernel reaches.
+    taps = kernel.shape[: plan.dims]
+    spread = [(n - 1) * l + 1 for n, l in zip(images.shape[1:-1], plan.input_dilation)]
+    covered = [(n - 1) * s + 1 for n, s in zip(g.shape[1:-1], plan.strides)]
+    reach = [(k - 1) * d + 1 for k, d in zip(taps, plan.kernel_dilation)]
+    # dx: a position of X is met by all windows that reach it, so dy gets reach − 1 − a zeros in front. What the windows
+    # never reach behind makes the output up to the size of X.
+    front = [r - 1 - a for r, (a, _) in zip(reach, amount)]
+    behind = [n + r - 1 - c - f for n, r, c, f in zip(spread, reach, covered, front)]
+    dx = jax.lax.conv_general_dilated(
+        g,
+        _turned(kernel.astype(dtype), plan),
+        plan.input_dilation,
+        list(zip(front, behind)),
+        plan.strides,
+        plan.kernel_dilation,
+        _numbers(plan.dims, "NSC", "SIO", "NSC"),
+        plan.groups,
+        precision=precision,
+    )
+    if plan.mode:
+        dx = unpad_by_adding(dx, plan.pads, plan.mode)
+    # dK: tap k reads X from k d on. The padding behind is what lets the last tap end with the last window.
+    tail = [(k - 1) * d + c - n - a for k, d, c, n, (a, _) in zip(taps, plan.kernel_dilation, covered, spread, amount)]
+    dkernel = jax.lax.conv_general_dilated(
+        images,
+        g,
+        plan.kernel_dilation,
+        [(a, t) for (a, _), t in zip(amount, tail)],
+        plan.input_dilation,
+        plan.strides,
+        _numbers(plan.dims, "CSN", "ISO", "NSC"),
+        batch_group_count=plan.groups,
+        precision=precision,
+    )
+    dkernel = jnp.moveaxis(dkernel, 0, -2)  # [in, *window, out] -> [*window, in, out]
+    dbias = dy.astype(wide_type(dy)).sum(tuple(range(dy.ndim - 1)))
+    return dx.reshape(x.shape), dkernel, dbias
+
+
+def _turned(kernel: jax.Array, plan: _Plan) -> jax.Array:
+    """The kernel of dx: turned around in space, input and output features exchanged within each group."""
+    kernel = jnp.flip(kernel, tuple(range(plan.dims)))
+    *taps, cin, cout = kernel.shape
+    groups = kernel.reshape(*taps, cin, plan.groups, cout // plan.groups)
+    return jnp.swapaxes(groups, -1, -3).reshape(*taps, cout // plan.groups, plan.groups * cin)
+
+
+def _k(*shape: int) -> Any:
+    fan_in = 1
+    for n in shape[:-1]:
+        fan_in *= n
+    return normal(*shape, scale=fan_in**-0.5)
+
+
+@rule(
+    forward=_forward,
+    backward=_backward,
+    static=["strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count", "precision"],
+    samples=[
+        sample(normal(2, 5, 6, 3), normal(3, 2, 3, 4), normal(4)),
+        sample(normal(2, 7, 6, 4), normal(3, 3, 2, 6), strides=(2, 3), padding="VALID", feature_group_count=2),
+        sample(normal(5, 7, 3), normal(3, 2, 1, 6), padding=((2, 0), 1), kernel_dilation=(1, 2), feature_group_count=3),
+        sample(normal(2, 9, 3), normal(3, 3, 4), normal(4), padding="CAUSAL", kernel_dilation=2),
+        sample(normal(2, 6, 5, 2), normal(3, 4, 2, 3), padding="CIRCULAR", strides=2),
+        sample(normal(2, 6, 5, 2), normal(3, 3, 2, 3), padding="REFLECT"),
+        sample(normal(1, 3, 4, 3, 2), normal(2, 2, 2, 2, 3), strides=2),
+        sample(normal(2, 5, 2), normal(3, 2, 3), input_dilation=2, padding=1, strides=3),
+    ],
+    workloads=[
+        sample(normal(64, 28, 28, 32), _k(3, 3, 32, 32), note="SAME"),
+        sample(normal(32, 16, 16, 128), _k(3, 3, 128, 128), note="SAME"),
+        sample(normal(32, 28, 28, 64), _k(3, 3, 1, 64), feature_group_count=64, note="SAME, depthwise: 64 groups"),
+        sample(normal(32, 28, 28, 64), _k(3, 3, 16, 64), feature_group_count=4, note="SAME, 4 groups"),
+        sample(normal(16, 56, 56, 64), _k(3, 3, 64, 128), strides=2, note="SAME, strides 2"),
+        sample(normal(32, 2048, 64), _k(7, 64, 64), padding="CAUSAL", note="1-D, CAUSAL"),
+    ],
+    keeps="x, kernel",
+)
+def conv(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    strides: Ints = 1,
+    padding: Padding = "SAME",
+    input_dilation: Ints = 1,
+    kernel_dilation: Ints = 1,
+    feature_group_count: int = 1,
+    precision: Any = None,
+) -> jax.Array:
+    """Convolution as neural networks mean it (cross-correlation), over 1, 2 or 3 spatial dimensions.
+
+    x [..., *spatial, in], kernel [*window, in / groups, out], bias [out] -> y [..., *spatial', out]. Any number of batch
+    dimensions, also none; the kernel tells how many dimensions are spatial.
+
+    Args:
+      strides, input_dilation, kernel_dilation: an integer, or one for each spatial dimension.
+      padding: "SAME" (spatial' = ⌈spatial / stride⌉), "VALID", "CIRCULAR" (periodic), "REFLECT", "CAUSAL" (one dimension:
+        an output sees no later input), an integer, or an integer or (before, behind) for each spatial dimension.
+      feature_group_count: groups that do not see each other; equal to ``in`` it is a depthwise convolution.
+      precision: as in ``jax.lax.conv_general_dilated``; used by the backward too.
+    Raises:
+      ValueError: where shapes or options do not fit. TypeError: where an array is not floating-point.
+    """
+    require_float("conv", x=x, kernel=kernel, bias=bias)
+    plan = _plan(x, kernel, strides, padding, input_dilation, kernel_dilation, feature_group_count)
+    if bias is not None and jnp.shape(bias) != jnp.shape(kernel)[-1:]:
+        raise ValueError(f"conv: bias has shape {jnp.shape(bias)}, expected {jnp.shape(kernel)[-1:]} ({shapes(kernel=kernel)}).")
+    return _convolve(x, kernel, bias, plan, precision)

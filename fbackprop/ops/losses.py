@@ -1,0 +1,347 @@
+"""Losses: squared errors, and cross-entropies on logits z.
+
+    op                       value                                         cotangents
+    sum_of_squares           L = Σ (p − t)²                                dp = 2 (p − t) dL        dt = −dp
+    half_square              L = ½ Σ (p − t)²                              dp = (p − t) dL          dt = −dp
+    mean_squared_error       L = (1/n) Σ (p − t)²                          dp = (2/n) (p − t) dL    dt = −dp
+
+    sigmoid BCE              L = softplus(z) − t z, each element           dz = (σ(z) − t) dL       dt = −z dL
+    softmax CE, integer      L = lse(z) − z[t], each row                   dz = (p − onehot(t)) dL
+    softmax CE, soft         L = Σ t (lse(z) − z), each row                dz = (p Σt − t) dL       dt = (lse − z) dL
+
+with lse(z) = log Σ exp(z) and p = softmax(z) = exp(z − lse). The difference "what was predicted minus what was wanted" is
+the first factor of every backward pass. The squared errors keep predictions and targets; the cross-entropies keep the
+logits, the labels and one number a row, lse: never a second array of the size of the logits. Sums are in float32 or wider.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from fbackprop.ops._arithmetic import canonical_axes, float_type, require_float, shapes, sum_to, wide, wide_type
+from fbackprop.ops.probabilities import log_normalizer
+from fbackprop.rules import Op, rule
+from fbackprop.samples import labels as integer_labels
+from fbackprop.samples import mask, normal, probabilities, sample, uniform
+
+__all__ = [
+    "half_square",
+    "mean_squared_error",
+    "sigmoid_binary_cross_entropy",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
+    "sum_of_squares",
+]
+
+
+class _SquaredSaved(NamedTuple):
+    predictions: jax.Array
+    targets: jax.Array
+
+
+def _check_pair(who: str, predictions: ArrayLike, targets: ArrayLike) -> None:
+    require_float(who, predictions=predictions, targets=targets)
+    if jnp.shape(predictions) != jnp.shape(targets):
+        raise ValueError(
+            f"{who}: predictions and targets must have one shape, got {shapes(predictions=predictions, targets=targets)}."
+        )
+
+
+def _squared(predictions: ArrayLike, targets: ArrayLike, factor: float) -> jax.Array:
+    error = wide(predictions) - wide(targets)
+    return (factor * jnp.sum(jnp.square(error))).astype(jnp.result_type(predictions, targets))
+
+
+def _squared_forward(factor: Any) -> Any:
+    def forward(predictions: ArrayLike, targets: ArrayLike) -> tuple[jax.Array, _SquaredSaved]:
+        value = _squared(predictions, targets, factor(predictions))
+        return value, _SquaredSaved(jnp.asarray(predictions), jnp.asarray(targets))
+
+    return forward
+
+
+def _squared_backward(factor: Any) -> Any:
+    def backward(saved: _SquaredSaved, dy: jax.Array) -> tuple[Any, ...]:
+        predictions, targets = saved
+        dpredictions = 2 * factor(predictions) * (wide(predictions) - wide(targets)) * wide(dy)
+        return dpredictions, -dpredictions
+
+    return backward
+
+
+def _one(_: ArrayLike) -> float:
+    return 1.0
+
+
+def _half(_: ArrayLike) -> float:
+    return 0.5
+
+
+def _one_over_n(predictions: ArrayLike) -> float:
+    return 1.0 / max(jnp.size(predictions), 1)
+
+
+_PAIRS = {
+    "samples": [sample(normal(4, 3), normal(4, 3)), sample(normal(), normal())],
+    "workloads": [sample(normal(4096, 3072), normal(4096, 3072))],
+    "keeps": "predictions, targets",
+}
+
+
+@rule(forward=_squared_forward(_one), backward=_squared_backward(_one), **_PAIRS)
+def sum_of_squares(predictions: ArrayLike, targets: ArrayLike) -> jax.Array:
+    """The sum of squared errors: Σ (predictions − targets)².
+
+    predictions [...], targets [...] of the same shape -> a scalar.
+    """
+    _check_pair("sum_of_squares", predictions, targets)
+    return _squared(predictions, targets, 1.0)
+
+
+@rule(forward=_squared_forward(_half), backward=_squared_backward(_half), **_PAIRS)
+def half_square(predictions: ArrayLike, targets: ArrayLike) -> jax.Array:
+    """Half the sum of squared errors: ½ Σ (predictions − targets)², whose derivative is the error itself.
+
+    predictions [...], targets [...] of the same shape -> a scalar.
+    """
+    _check_pair("half_square", predictions, targets)
+    return _squared(predictions, targets, 0.5)
+
+
+@rule(forward=_squared_forward(_one_over_n), backward=_squared_backward(_one_over_n), **_PAIRS)
+def mean_squared_error(predictions: ArrayLike, targets: ArrayLike) -> jax.Array:
+    """The mean of squared errors over all elements: (1/n) Σ (predictions − targets)².
+
+    predictions [...], targets [...] of the same shape -> a scalar.
+    """
+    _check_pair("mean_squared_error", predictions, targets)
+    if math.prod(jnp.shape(predictions)) == 0:
+        raise ValueError(f"mean_squared_error: no elements to average over ({shapes(predictions=predictions)}).")
+    return _squared(predictions, targets, _one_over_n(predictions))
+
+
+class _SigmoidSaved(NamedTuple):
+    logits: jax.Array
+    labels: jax.Array
+
+
+def _sigmoid_bce(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+    z, t = wide(logits), wide(labels)
+    # softplus(z) − t z. Where t is 1 this is softplus(−z), and both terms are large: add what does not cancel,
+    # max(z, 0) − t z, first.
+    value = jnp.where(z > 0, (1 - t) * z, -t * z) + jnp.log1p(jnp.exp(-jnp.abs(z)))
+    return value.astype(jnp.result_type(logits))
+
+
+def _sigmoid_forward(logits: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, _SigmoidSaved]:
+    return _sigmoid_bce(logits, labels), _SigmoidSaved(jnp.asarray(logits), jnp.asarray(labels))
+
+
+def _sigmoid_backward(saved: _SigmoidSaved, dy: jax.Array) -> tuple[Any, ...]:
+    z, t, g = wide(saved.logits), wide(saved.labels), wide(dy)
+    # σ(z) − t, with the smaller of σ(z) and σ(−z) computed and not 1 minus the larger.
+    error = jnp.where(z > 0, (1 - t) - jax.nn.sigmoid(-z), jax.nn.sigmoid(z) - t)
+    dlabels = None if not jnp.issubdtype(saved.labels.dtype, jnp.inexact) else sum_to(-z * g, saved.labels.shape)
+    return sum_to(error * g, saved.logits.shape), dlabels
+
+
+@rule(
+    forward=_sigmoid_forward,
+    backward=_sigmoid_backward,
+    samples=[
+        sample(normal(4, 5, scale=2.0), uniform(4, 5)),
+        sample(normal(6, scale=4.0), mask(6)),
+        sample(normal(4, 5), uniform(1, 5)),
+    ],
+    workloads=[sample(normal(4096, 3072), uniform(4096, 3072))],
+    keeps="logits, labels",
+)
+def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+    """Binary cross-entropy on logits, each element by itself: −t log σ(z) − (1 − t) log(1 − σ(z)).
+
+    logits [...], labels of a shape that broadcasts with it, in [0, 1] (booleans and integers too) -> [...].
+    """
+    require_float("sigmoid_binary_cross_entropy", logits=logits)
+    return _sigmoid_bce(logits, labels)
+
+
+class _IntegerSaved(NamedTuple):
+    logits: jax.Array
+    log_normalizer: jax.Array
+    labels: jax.Array
+    where: jax.Array | None
+
+
+def _class_mask(where: ArrayLike | None, axis: Any, ndim: int) -> jax.Array | None:
+    """``where`` of the shape [rows] leaves out whole rows, as in optax; it gets the axes of the classes."""
+    if where is None:
+        return None
+    where = jnp.asarray(where)
+    return where if where.ndim == ndim else jnp.expand_dims(where, axis)
+
+
+def _chosen(shape: Sequence[int], labels: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Where the label of each row stands: booleans of the shape of the logits, which XLA fuses and never stores."""
+    label, position, classes = jnp.expand_dims(labels, axes), 0, 1
+    for axis in reversed(axes):  # the number of each class, over several axes in row-major order
+        position = position + classes * jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        classes *= shape[axis]
+    return position == jnp.where(label < 0, label + classes, label)
+
+
+def _integer(
+    logits: jax.Array, labels: jax.Array, axes: tuple[int, ...], where: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    z = wide(logits)
+    lse = log_normalizer(z, axes, where)
+    last = jnp.moveaxis(z, axes, range(z.ndim - len(axes), z.ndim))
+    # The label's logit is gathered, one element a row. Labels beyond the classes give NaN, which nobody overlooks.
+    rows = last.reshape(*labels.shape, -1)
+    picked = jnp.take_along_axis(rows, labels[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+    value = lse.reshape(labels.shape) - picked
+    if where is not None:
+        value = jnp.where(jnp.any(where, axes), value, 0)  # a row without classes costs nothing
+    return value.astype(logits.dtype), lse
+
+
+def _integer_forward(
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] = -1, where: ArrayLike | None = None
+) -> tuple[jax.Array, _IntegerSaved]:
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    axes = canonical_axes("", axis, logits.ndim)
+    where = _class_mask(where, axes, logits.ndim)
+    value, lse = _integer(logits, labels, axes, where)
+    return value, _IntegerSaved(logits, lse, labels, where)
+
+
+def _integer_backward(saved: _IntegerSaved, dy: jax.Array, *, axis: int | Sequence[int]) -> tuple[Any, ...]:
+    logits, lse, labels, where = saved
+    axes = canonical_axes("", axis, logits.ndim)
+    p, g = jnp.exp(wide(logits) - lse), jnp.expand_dims(wide(dy), axes)
+    if where is not None:
+        p, g = jnp.where(where, p, 0), jnp.where(jnp.any(where, axes, keepdims=True), g, 0)
+    return jnp.where(_chosen(logits.shape, labels, axes), p - 1, p) * g, None, None
+
+
+@rule(
+    forward=_integer_forward,
+    backward=_integer_backward,
+    static=["axis"],
+    samples=[
+        sample(normal(6, 5, scale=2.0), integer_labels(6, classes=5)),
+        sample(normal(3, 5, 4), integer_labels(3, 4, classes=5), axis=1),
+        sample(normal(6, 5), integer_labels(6, classes=5), where=mask(6, 5)),
+        sample(normal(2, 3, 4), integer_labels(2, classes=12), axis=(1, 2)),
+    ],
+    workloads=[
+        sample(normal(1024, 50257), integer_labels(1024, classes=50257), dtype=d) for d in ("float32", "bfloat16")
+    ],
+    keeps="logits, labels, one number a row",
+)
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] = -1, where: ArrayLike | None = None
+) -> jax.Array:
+    """Cross-entropy of softmax(logits) against one class for each row: log Σ exp(z) − z[label].
+
+    logits [..., classes], labels [...] integer -> [...], of the dtype of the logits.
+
+    As in optax, a negative label counts from the end and a label beyond the classes gives NaN.
+
+    Args:
+      axis: the dimension of the classes, or several.
+      where: classes to include in the normalizer, of a shape that broadcasts with logits.
+    Raises:
+      TypeError: where logits are not floating-point or labels not integers. ValueError: where the shapes do not fit.
+    """
+    who = "softmax_cross_entropy_with_integer_labels"
+    require_float(who, logits=logits)
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        raise TypeError(f"{who}: labels must be integers, got {jnp.result_type(labels)}; soft labels: softmax_cross_entropy.")
+    axes = canonical_axes(who, axis, jnp.ndim(logits))
+    rows = tuple(n for i, n in enumerate(jnp.shape(logits)) if i not in axes)
+    if jnp.shape(labels) != rows:
+        raise ValueError(
+            f"{who}: labels must have the shape of the logits without the classes, {rows}; got "
+            f"{shapes(logits=logits, labels=labels)}."
+        )
+    return _integer(jnp.asarray(logits), jnp.asarray(labels), axes, _class_mask(where, axes, jnp.ndim(logits)))[0]
+
+
+class _SoftSaved(NamedTuple):
+    logits: jax.Array
+    log_normalizer: jax.Array
+    labels: jax.Array
+    where: jax.Array | None
+
+
+def _surprise(z: jax.Array, lse: jax.Array, t: jax.Array) -> jax.Array:
+    """lse − z = −log p. A class of weight zero costs nothing, however impossible it is: 0 · ∞ counts as 0."""
+    return jnp.where((t == 0) & (z == -jnp.inf), 0, lse - z)
+
+
+def _soft(logits: ArrayLike, labels: ArrayLike, axis: Any, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    z, t = wide(logits), wide(labels)
+    lse = log_normalizer(z, axis, where)
+    terms = t * _surprise(z, lse, t)
+    return jnp.sum(terms if where is None else jnp.where(where, terms, 0), axis).astype(float_type(logits, labels)), lse
+
+
+def _soft_forward(
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1, where: ArrayLike | None = None
+) -> tuple[jax.Array, _SoftSaved]:
+    where = _class_mask(where, axis, jnp.ndim(logits))
+    value, lse = _soft(logits, labels, axis, where)
+    return value, _SoftSaved(jnp.asarray(logits), lse, jnp.asarray(labels), where)
+
+
+def _soft_backward(saved: _SoftSaved, dy: jax.Array, *, axis: int | Sequence[int] | None) -> tuple[Any, ...]:
+    logits, lse, labels, where = saved
+    z, t = wide(logits), wide(labels)
+    g = jnp.expand_dims(wide(dy), canonical_axes("", axis, logits.ndim))
+    p = jnp.exp(z - lse)
+    if where is not None:
+        p, t = jnp.where(where, p, 0), jnp.where(where, t, 0)
+    total = jnp.sum(jnp.broadcast_to(t, z.shape), axis, keepdims=True)
+    dlogits = (p * total - t) * g
+    dlabels = _surprise(z, lse, t) * g
+    dlabels = dlabels if where is None else jnp.where(where, dlabels, 0)
+    floating = jnp.issubdtype(labels.dtype, jnp.inexact)
+    return dlogits, sum_to(dlabels, labels.shape) if floating else None, None
+
+
+@rule(
+    forward=_soft_forward,
+    backward=_soft_backward,
+    static=["axis"],
+    samples=[
+        sample(normal(6, 5, scale=2.0), probabilities(6, 5)),
+        sample(normal(3, 5, 4), probabilities(3, 5, 4), axis=1),
+        sample(normal(6, 5), probabilities(6, 5), where=mask(6, 5)),
+    ],
+    workloads=[sample(normal(1024, 50257), probabilities(1024, 50257))],
+    keeps="logits, labels, one number a row",
+)
+def softmax_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1, where: ArrayLike | None = None
+) -> jax.Array:
+    """Cross-entropy of softmax(logits) against a distribution for each row: −Σ t log softmax(z).
+
+    logits [..., classes], labels of a shape that broadcasts with it -> [...].
+
+    The labels are usually probabilities, but need not sum to one. A class with label 0 adds 0 even where its logit is −inf.
+
+    Args:
+      axis: the dimension of the classes, several, or None for all.
+      where: classes to include, of a shape that broadcasts with logits.
+    """
+    require_float("softmax_cross_entropy", logits=logits)
+    canonical_axes("softmax_cross_entropy", axis, jnp.ndim(logits))
+    if jnp.broadcast_shapes(jnp.shape(logits), jnp.shape(labels)) != jnp.shape(logits):
+        raise ValueError(
+            f"softmax_cross_entropy: labels must broadcast with logits, got {shapes(logits=logits, labels=labels)}."
+        )
+    return _soft(logits, labels, axis, _class_mask(where, axis, jnp.ndim(logits)))[0]

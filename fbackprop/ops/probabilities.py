@@ -1,0 +1,142 @@
+"""Softmax and its logarithm, over an axis (or several) of x; sums Σ run over it, for each row.
+
+softmax                                       log_softmax
+
+    p = exp(x − max x) / Σ exp(x − max x)         y = x − lse,   lse = log Σ exp(x)
+
+    dx = p (dy − Σ dy p)                          dx = dy − p Σ dy,   p = exp(x − lse)
+
+Derivation for softmax: ∂p_i/∂x_j = p_i (δ_ij − p_j), so dx_j = Σ_i dy_i p_i (δ_ij − p_j) = p_j (dy_j − Σ_i dy_i p_i).
+For its logarithm ∂y_i/∂x_j = δ_ij − p_j.
+
+softmax keeps p. log_softmax keeps x and one number a row, lse, in float32 or wider: p from a rounded y would be off by
+the rounding of y. With ``where``, elements that are left out have p = 0 (y = −∞ for log_softmax) and receive no cotangent.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from fbackprop.ops._arithmetic import canonical_axes, float_type, wide
+from fbackprop.rules import rule
+from fbackprop.samples import mask, normal, sample
+
+__all__ = ["log_softmax", "softmax"]
+
+Axis = int | Sequence[int] | None
+
+
+def log_normalizer(x: jax.Array, axis: Any, where: jax.Array | None = None) -> jax.Array:
+    """log Σ exp(x) over ``axis``, which stays with length 1; x in float32 or wider."""
+    top = jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True, where=where, initial=-jnp.inf))
+    top = jnp.where(jnp.isfinite(top), top, 0)  # a row of −inf: exp(−inf − 0) = 0, not exp(−inf + inf)
+    inside = x if where is None else jnp.where(where, x, -jnp.inf)
+    return jnp.log(jnp.sum(jnp.exp(inside - top), axis, keepdims=True)) + top
+
+
+def _softmax(x: ArrayLike, axis: Axis, where: ArrayLike | None) -> jax.Array:
+    x_ = wide(x)
+    inside = x_ if where is None else jnp.where(where, x_, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(x_, axis, keepdims=True, where=where, initial=-jnp.inf))
+    e = jnp.exp(inside - top)
+    p = e / jnp.sum(e, axis, keepdims=True)
+    return (p if where is None else jnp.where(where, p, 0)).astype(float_type(x))
+
+
+class _SoftmaxSaved(NamedTuple):
+    p: jax.Array
+
+
+def _softmax_forward(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> tuple[jax.Array, _SoftmaxSaved]:
+    p = _softmax(x, axis, where)
+    return p, _SoftmaxSaved(p)
+
+
+def _softmax_backward(saved: _SoftmaxSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
+    p, g = wide(saved.p), wide(dy)
+    mean = jnp.sum(g * p, axis, keepdims=True)
+    if saved.p.dtype != p.dtype:
+        # A rounded p does not sum to one, and where one p is near 1, dy − Σ dy p would be the difference of two close
+        # numbers with different errors. Dividing by the sum of what was kept takes that error out.
+        total = jnp.sum(p, axis, keepdims=True)
+        mean = mean / jnp.where(total == 0, 1, total)
+    return p * (g - mean), None
+
+
+_SAMPLES = [
+    sample(normal(5, 7)),
+    sample(normal(4, 3, 5, scale=3.0), axis=1),
+    sample(normal(4, 3, 5), axis=(0, 2)),
+    sample(normal(6, 8), where=mask(6, 8)),
+]
+
+
+@rule(
+    forward=_softmax_forward,
+    backward=_softmax_backward,
+    static=["axis"],
+    samples=_SAMPLES,
+    workloads=[sample(normal(8192, 1024), dtype=d) for d in ("float32", "bfloat16")],
+    keeps="y",
+)
+def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
+    """Turns logits into probabilities: y = exp(x) / Σ exp(x), each row positive and summing to one.
+
+    x [...] -> y [...], of the same dtype.
+
+    Args:
+      axis: the dimension or dimensions to sum over; None is all.
+      where: elements to include, of a shape that broadcasts with x; the others get 0.
+    """
+    canonical_axes("softmax", axis, jnp.ndim(x))
+    return _softmax(x, axis, where)
+
+
+class _LogSoftmaxSaved(NamedTuple):
+    x: jax.Array
+    log_normalizer: jax.Array
+    where: jax.Array | None
+
+
+def _log_softmax_forward(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> tuple[jax.Array, _LogSoftmaxSaved]:
+    x_ = wide(x)
+    where = None if where is None else jnp.asarray(where)
+    lse = log_normalizer(x_, axis, where)
+    y = x_ - lse if where is None else jnp.where(where, x_ - lse, -jnp.inf)
+    return y.astype(float_type(x)), _LogSoftmaxSaved(jnp.asarray(x), lse, where)
+
+
+def _log_softmax_backward(saved: _LogSoftmaxSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
+    x, lse, where = saved
+    p, g = jnp.exp(wide(x) - lse), wide(dy)
+    if where is not None:
+        p, g = jnp.where(where, p, 0), jnp.where(where, g, 0)
+    dx = g - p * jnp.sum(g, axis, keepdims=True)
+    return (dx if jnp.issubdtype(x.dtype, jnp.inexact) else None), None
+
+
+@rule(
+    forward=_log_softmax_forward,
+    backward=_log_softmax_backward,
+    static=["axis"],
+    samples=_SAMPLES,
+    workloads=[sample(normal(8192, 1024), dtype=d) for d in ("float32", "bfloat16")],
+    keeps="x, one number a row",
+)
+def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
+    """The logarithm of softmax: y = x − log Σ exp(x), without overflow and without log(0).
+
+    x [...] -> y [...], of the same dtype.
+
+    Args:
+      axis: the dimension or dimensions to sum over; None is all.
+      where: elements to include, of a shape that broadcasts with x; the others get −inf.
+    """
+    canonical_axes("log_softmax", axis, jnp.ndim(x))
+    x_ = wide(x)
+    where = None if where is None else jnp.asarray(where)
+    y = x_ - log_normalizer(x_, axis, where)
+    return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(float_type(x))
