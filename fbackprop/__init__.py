@@ -1,0 +1,20 @@
+"""fbackprop: functional backpropagation for JAX, with every backward pass derived by hand.
+
+Models are pure functions over parameter pytrees. Every op is an ordinary function with a rule: a definition, a forward that
+also returns what the backward needs, and a backward. ``jax.grad`` runs the backward written by hand; ``op.forward`` and
+``op.backward`` run the halves without it; ``without_rules(fn)`` is the twin that JAX differentiates itself.
+"""
+
+from fbackprop import context as context
+from fbackprop import layers as layers
+from fbackprop import models as models
+from fbackprop import ops as ops
+from fbackprop import rules as rules
+from fbackprop.context import without_rules as without_rules
+from fbackprop.models import from_flax as from_flax
+from fbackprop.ops import *  # noqa: F403
+from fbackprop.ops import __all__ as _ops
+from fbackprop.rules import RULES as RULES
+
+__version__ = "0.1.0"
+__all__ = ["RULES", "context", "from_flax", "layers", "models", "ops", "rules", "without_rules", *_ops]

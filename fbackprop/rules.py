@@ -26,13 +26,15 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Var
 
 from fbackprop import context
 from fbackprop.samples import Sample, normal, sample
 
-__all__ = ["RULES", "Op", "Rule", "Saved", "elementwise", "rule"]
+__all__ = ["RULES", "Op", "Rule", "Saved", "Static", "elementwise", "rule"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,7 +91,7 @@ class Rule:
             try:
                 hash(bound.arguments[name])
             except TypeError:
-                kind = "a traced value" if isinstance(bound.arguments[name], jax.core.Tracer) else "not hashable"
+                kind = "a traced value" if isinstance(bound.arguments[name], Tracer) else "not hashable"
                 raise TypeError(
                     f"{self.name}: {name} is static, so it must be a hashable Python value such as a number, a string or "
                     f"a tuple; got {bound.arguments[name]!r}, which is {kind}."
@@ -117,6 +119,14 @@ class Op(Protocol, Generic[P, R_co]):
     def forward(self, *args: P.args, **kwargs: P.kwargs) -> "tuple[R_co, Saved]": ...
 
     def backward(self, saved: "Saved", dy: Any) -> tuple[Any, ...]: ...
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A hashable value that a forward keeps for its backward, such as a shape: static in a pytree, no bytes."""
+
+    value: Any
 
 
 @jax.tree_util.register_static
@@ -228,29 +238,24 @@ def _make_op(rule: Rule) -> Op[..., Any]:
         jax.eval_shape(lambda *d: rule.call(rule.reference, d, static), *dynamic)  # its checks of bad input
         return _run_forward(rule, dynamic, static, wanted=None)
 
-    # jit, as on the functions of jax.nn: it makes eager calls cheap, and the user context is part of its key.
-    # It takes names and positions of static arguments from the signature.
-    for fn in (dispatch, halves_forward):
+    def jitted(fn: Callable[..., Any]) -> Callable[..., Any]:
+        # jit, as on the functions of jax.nn: it makes eager calls cheap, and the user context is part of its key.
         fn.__name__ = fn.__qualname__ = rule.name
         fn.__signature__ = rule.signature  # type: ignore[attr-defined]
-    jitted = jax.jit(dispatch, static_argnames=rule.static, inline=True)
-    jitted_forward = jax.jit(halves_forward, static_argnames=rule.static, inline=True)
+        compiled = jax.jit(fn, static_argnames=rule.static, inline=True)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return compiled(*args, **kwargs)
+            except (TypeError, ValueError):
+                rule.split(args, kwargs)  # says it in a sentence where the arguments do not bind or are not hashable
+                raise
+
+        return call
+
+    op = functools.wraps(rule.reference)(jitted(dispatch))
+    forward = jitted(halves_forward)
     jitted_backward = jax.jit(_run_backward, inline=True)
-
-    @functools.wraps(rule.reference)
-    def op(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return jitted(*args, **kwargs)
-        except (TypeError, ValueError):
-            rule.split(args, kwargs)  # says it in a sentence where the arguments do not bind or are not hashable
-            raise
-
-    def forward(*args: Any, **kwargs: Any) -> tuple[Any, Saved]:
-        try:
-            return jitted_forward(*args, **kwargs)
-        except (TypeError, ValueError):
-            rule.split(args, kwargs)
-            raise
 
     def backward(saved: Saved, dy: Any) -> tuple[Any, ...]:
         if not isinstance(saved, Saved) or saved.record.rule is not rule:
@@ -258,6 +263,8 @@ def _make_op(rule: Rule) -> Op[..., Any]:
             raise TypeError(f"{rule.name}.backward: expected what {rule.name}.forward saved, got {what}.")
         return jitted_backward(saved, dy)
 
+    forward.__name__ = forward.__qualname__ = f"{rule.name}.forward"
+    backward.__name__ = backward.__qualname__ = f"{rule.name}.backward"
     forward.__doc__ = f"The forward half of {rule.name}: (y, saved), from the arguments of {rule.name}."
     forward.__signature__ = rule.signature  # type: ignore[attr-defined]
     backward.__doc__ = (
@@ -292,7 +299,10 @@ def _differentiable(rule: Rule, *static: Any) -> Callable[..., Any]:
 
 
 def _instantiate(cotangent: Any) -> Any:
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
+    if not isinstance(cotangent, SymbolicZero):
+        return cotangent
+    kind: Any = cotangent.aval
+    return np.zeros(kind.shape, kind.dtype) if kind.dtype == jax.dtypes.float0 else jnp.zeros(kind.shape, kind.dtype)
 
 
 def _run_forward(
@@ -307,14 +317,10 @@ def _run_forward(
     types = tuple((tuple(map(jax.typeof, leaves)), tree) for leaves, tree in map(jax.tree.flatten, dynamic))
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     record = Record(rule, static, types, tuple(v.ndim for v in values), precision)
-    if wanted is not None and not all(w or not _differentiable_type(leaves) for w, (leaves, _) in zip(wanted, types)):
+    if wanted is not None and not all(w or not any(map(_inexact, leaves)) for w, (leaves, _) in zip(wanted, types)):
         needed = _needed(Saved(values, structure, record), y, wanted)
         values = [v if n else jnp.zeros((0, *v.shape), v.dtype) for n, v in zip(needed, values)]
     return y, Saved(values, structure, record)
-
-
-def _differentiable_type(leaves: Sequence[Any]) -> bool:
-    return any(jnp.issubdtype(t.dtype, jnp.inexact) for t in leaves)
 
 
 def _needed(saved: Saved, y: Any, wanted: Sequence[bool]) -> list[bool]:
@@ -333,54 +339,37 @@ def _needed(saved: Saved, y: Any, wanted: Sequence[bool]) -> list[bool]:
 
 
 def _run_backward(saved: Saved, dy: Any) -> tuple[Any, ...]:
-    record = saved.record
-    rule, options = record.rule, dict(zip(record.rule.static, record.static))
-    options = {name: options[name] for name in rule.backward_static}
+    record, rule = saved.record, saved.record.rule
+    options = {n: v for n, v in zip(rule.static, record.static) if n in rule.backward_static}
+    leaves = [t for types, _ in record.types for t in types]
 
     def cotangents(values: list[Any], dy: Any) -> list[Any]:
-        named = dataclasses.replace(saved, values=values).named()
         with jax.default_matmul_precision(record.precision):
-            result = rule.backward(named, dy, **options)
+            result = rule.backward(dataclasses.replace(saved, values=values).named(), dy, **options)
         return _checked(rule, record.types, result)
 
-    mesh = _explicit_mesh(record.types)
-    if mesh is None:
+    meshes = [t.sharding.mesh for t in leaves if _inexact(t) and t.sharding.mesh.explicit_axes]
+    if not meshes:
         flat = cotangents(saved.values, dy)
     else:
         # On a mesh with explicit axes every operation would have to tell the sharding of its output. Inside auto_axes
         # the compiler chooses, and each cotangent leaves with the sharding of its primal.
-        shardings: list[Any] = []
-        none: list[bool] = []
+        def given(values: list[Any], dy: Any) -> list[Any]:
+            pairs = zip(cotangents(values, dy), leaves)
+            return [jnp.zeros(t.shape, t.dtype) if d is None else d for d, t in pairs if _inexact(t)]
 
-        def present(values: list[Any], dy: Any) -> list[Any]:
-            result = cotangents(values, dy)
-            none[:] = [d is None for d in result]
-            shardings[:] = [t.sharding.spec for d, t in zip(result, _leaf_types(record.types)) if d is not None]
-            return [d for d in result if d is not None]
-
-        with jax.sharding.use_abstract_mesh(mesh):
-            jax.eval_shape(jax.sharding.auto_axes(present, axes=mesh.explicit_axes, out_sharding=_REPLICATED), saved.values, dy)
-            run = jax.sharding.auto_axes(present, axes=mesh.explicit_axes, out_sharding=list(shardings))
-            given = iter(run(saved.values, dy))
-        flat = [None if n else next(given) for n in none]
-    flat = [None if d is None else _match_manual_axes(d, t) for d, t in zip(flat, _leaf_types(record.types))]
-    result, remaining = [], iter(flat)
-    for leaves, tree in record.types:
-        own = [next(remaining) for _ in leaves]
-        result.append(None if all(d is None for d in own) else jax.tree.unflatten(tree, own))
-    return tuple(result)
+        specs = [t.sharding.spec for t in leaves if _inexact(t)]
+        with jax.sharding.use_abstract_mesh(meshes[0]):
+            run: Any = jax.sharding.auto_axes(given, axes=meshes[0].explicit_axes, out_sharding=specs)
+            found = iter(run(saved.values, dy))
+        flat = [next(found) if _inexact(t) else None for t in leaves]
+    remaining = iter([None if d is None else _match_manual_axes(d, t) for d, t in zip(flat, leaves)])
+    result = [(tree, [next(remaining) for _ in types]) for types, tree in record.types]
+    return tuple(None if all(d is None for d in own) else tree.unflatten(own) for tree, own in result)
 
 
-_REPLICATED = jax.sharding.PartitionSpec()
-
-
-def _leaf_types(types: Sequence[Any]) -> list[Any]:
-    return [t for leaves, _ in types for t in leaves]
-
-
-def _explicit_mesh(types: Sequence[Any]) -> Any:
-    meshes = (t.sharding.mesh for t in _leaf_types(types) if not jnp.issubdtype(t.dtype, jax.dtypes.extended))
-    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+def _inexact(array_type: Any) -> bool:
+    return jnp.issubdtype(array_type.dtype, jnp.inexact)
 
 
 def _checked(rule: Rule, types: Sequence[Any], result: Any) -> list[Any]:
@@ -399,7 +388,7 @@ def _checked(rule: Rule, types: Sequence[Any], result: Any) -> list[Any]:
         except (ValueError, TypeError) as error:
             raise TypeError(f"{who} returned a cotangent for {name} whose structure is not that of {name}: {error}") from None
         for primal, d in zip(leaves, own):
-            if d is not None and not jnp.issubdtype(primal.dtype, jnp.inexact):
+            if d is not None and not _inexact(primal):
                 raise TypeError(f"{who} returned a cotangent for {name}, which is {primal.str_short()}; expected None.")
             if d is not None and jnp.shape(d) != primal.shape:
                 raise TypeError(f"{who} returned shape {jnp.shape(d)} for {name}, whose shape is {primal.shape}.")
@@ -416,14 +405,6 @@ def _match_manual_axes(cotangent: Any, primal: Any) -> Any:
     if missing := tuple(sorted(want - have)):
         cotangent = jax.lax.pcast(cotangent, missing, to="varying")
     return cotangent
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Shapes:
-    """Shapes, dtypes and structure of the arguments of an elementwise op, kept without keeping the arguments."""
-
-    of: tuple[tuple[tuple[int, ...], Any], ...]
 
 
 def elementwise(
@@ -452,28 +433,30 @@ def elementwise(
         for form in forms:
             if len(form) != len(arguments):
                 raise TypeError(
-                    f"rule {reference.__name__}: {len(form)} derivatives for the arguments {', '.join(arguments)}; expected one each."
+                    f"rule {reference.__name__}: {len(form)} derivatives for {', '.join(arguments)}; expected one each."
                 )
             if unknown := {n for d in form for n in inspect.signature(d).parameters} - {*parameters, "y"}:
-                raise TypeError(f"rule {reference.__name__}: a derivative names {sorted(unknown)}; known are {parameters} and y.")
+                raise TypeError(
+                    f"rule {reference.__name__}: a derivative names {sorted(unknown)}; known are {parameters} and y."
+                )
 
         def chosen(dtype: Any) -> tuple[Callable[..., Any], ...]:
-            return forms[jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32]
+            return forms[bool(jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32)]
 
         def forward(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
             bound = {name: value for name, value in kwargs.items() if name not in static}
-            y = reference(*args, **kwargs)
+            y: Any = reference(*args, **kwargs)
             named = {n for d in chosen(y.dtype) for n in inspect.signature(d).parameters}
             shapes = tuple((jnp.shape(bound[n]), jnp.result_type(bound[n])) for n in arguments)
             kept = {n: v for n, v in {**bound, "y": y}.items() if n in named}
-            return y, (kept, _Shapes(shapes))
+            return y, (kept, Static(shapes))
 
         def backward(saved: Any, dy: Any, **options: Any) -> tuple[Any, ...]:
             kept, shapes = saved
             wide = jnp.promote_types(dy.dtype, jnp.float32)
             known = {**{n: _widen(v, wide) for n, v in kept.items()}, **options}
             result = []
-            for derivative, (shape, dtype) in zip(chosen(dy.dtype), shapes.of):
+            for derivative, (shape, dtype) in zip(chosen(dy.dtype), shapes.value):
                 if not jnp.issubdtype(dtype, jnp.inexact):
                     result.append(None)
                     continue

@@ -26,7 +26,7 @@ def float_type(*arrays: ArrayLike) -> Any:
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(dtype, jnp.float32)
 
 
-def require_float(who: str, **arrays: ArrayLike) -> None:
+def require_float(who: str, **arrays: ArrayLike | None) -> None:
     """Refuses arrays that are not of a floating-point dtype, by name."""
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(jnp.result_type(array), jnp.floating):

@@ -47,10 +47,14 @@ class _Plan(NamedTuple):
     groups: int
 
 
-def _plan(x: Any, kernel: Any, strides: Ints, padding: Padding, input_dilation: Ints, kernel_dilation: Ints, groups: int) -> _Plan:
+def _plan(
+    x: Any, kernel: Any, strides: Ints, padding: Padding, input_dilation: Ints, kernel_dilation: Ints, groups: int
+) -> _Plan:
     who, dims = "conv", jnp.ndim(kernel) - 2
     if not 1 <= dims <= 3:
-        raise ValueError(f"conv: kernel must be [*window, in, out] with 1 to 3 spatial dimensions, got {shapes(kernel=kernel)}.")
+        raise ValueError(
+            f"conv: kernel must be [*window, in, out] with 1 to 3 spatial dimensions, got {shapes(kernel=kernel)}."
+        )
     if jnp.ndim(x) < dims + 1:
         raise ValueError(
             f"conv: x must be [..., *spatial, features] with {dims} spatial dimensions, got {shapes(x=x, kernel=kernel)}."
@@ -265,5 +269,7 @@ def conv(
     require_float("conv", x=x, kernel=kernel, bias=bias)
     plan = _plan(x, kernel, strides, padding, input_dilation, kernel_dilation, feature_group_count)
     if bias is not None and jnp.shape(bias) != jnp.shape(kernel)[-1:]:
-        raise ValueError(f"conv: bias has shape {jnp.shape(bias)}, expected {jnp.shape(kernel)[-1:]} ({shapes(kernel=kernel)}).")
+        raise ValueError(
+            f"conv: bias has shape {jnp.shape(bias)}, expected {jnp.shape(kernel)[-1:]} ({shapes(kernel=kernel)})."
+        )
     return _convolve(x, kernel, bias, plan, precision)

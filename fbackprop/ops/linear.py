@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from fbackprop.ops._arithmetic import require_float, shapes, wide_type
-from fbackprop.rules import rule
+from fbackprop.rules import Static, rule
 from fbackprop.samples import labels, normal, sample
 
 __all__ = ["dense", "embed"]
@@ -111,14 +111,15 @@ def dense(
             f"dense: x has {jnp.shape(x)[-1]} features, kernel expects {jnp.shape(kernel)[0]} ({shapes(x=x, kernel=kernel)})."
         )
     if bias is not None and jnp.shape(bias) != jnp.shape(kernel)[1:]:
-        raise ValueError(f"dense: bias has shape {jnp.shape(bias)}, expected {jnp.shape(kernel)[1:]} ({shapes(kernel=kernel)}).")
+        raise ValueError(
+            f"dense: bias has shape {jnp.shape(bias)}, expected {jnp.shape(kernel)[1:]} ({shapes(kernel=kernel)})."
+        )
     return _dense(x, kernel, bias, precision, preferred_element_type)
 
 
 class _EmbedSaved(NamedTuple):
     indices: jax.Array
-    like: jax.Array  # [vocabulary, 0]: shape and dtype of the table, no bytes
-    width: jax.Array  # [features, 0]
+    table_shape: Static
 
 
 def _lookup(embedding: jax.Array, indices: jax.Array) -> jax.Array:
@@ -127,13 +128,11 @@ def _lookup(embedding: jax.Array, indices: jax.Array) -> jax.Array:
 
 def _embed_forward(embedding: ArrayLike, indices: ArrayLike) -> tuple[jax.Array, _EmbedSaved]:
     embedding, indices = jnp.asarray(embedding), jnp.asarray(indices)
-    vocabulary, features = embedding.shape
-    nothing = _EmbedSaved(indices, jnp.zeros((vocabulary, 0), embedding.dtype), jnp.zeros((features, 0), embedding.dtype))
-    return _lookup(embedding, indices), nothing
+    return _lookup(embedding, indices), _EmbedSaved(indices, Static(embedding.shape))
 
 
 def _embed_backward(saved: _EmbedSaved, dy: jax.Array) -> tuple[Any, ...]:
-    table = jnp.zeros((saved.like.shape[0], saved.width.shape[0]), wide_type(dy))
+    table = jnp.zeros(saved.table_shape.value, wide_type(dy))
     # Each row of dy is added where its token stands; rows of tokens that are not in the table are dropped.
     return table.at[saved.indices].add(dy.astype(table.dtype), mode="drop"), None
 

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import canonical_axes, float_type, require_float, shapes, sum_to, wide, wide_type
+from fbackprop.ops._arithmetic import canonical_axes, float_type, require_float, shapes, sum_to, wide
 from fbackprop.ops.probabilities import log_normalizer
-from fbackprop.rules import Op, rule
+from fbackprop.rules import rule
 from fbackprop.samples import labels as integer_labels
 from fbackprop.samples import mask, normal, probabilities, sample, uniform
 
@@ -190,7 +190,7 @@ def _chosen(shape: Sequence[int], labels: jax.Array, axes: tuple[int, ...]) -> j
     for axis in reversed(axes):  # the number of each class, over several axes in row-major order
         position = position + classes * jax.lax.broadcasted_iota(jnp.int32, shape, axis)
         classes *= shape[axis]
-    return position == jnp.where(label < 0, label + classes, label)
+    return jnp.equal(position, jnp.where(label < 0, label + classes, label))
 
 
 def _integer(
@@ -237,9 +237,7 @@ def _integer_backward(saved: _IntegerSaved, dy: jax.Array, *, axis: int | Sequen
         sample(normal(6, 5), integer_labels(6, classes=5), where=mask(6, 5)),
         sample(normal(2, 3, 4), integer_labels(2, classes=12), axis=(1, 2)),
     ],
-    workloads=[
-        sample(normal(1024, 50257), integer_labels(1024, classes=50257), dtype=d) for d in ("float32", "bfloat16")
-    ],
+    workloads=[sample(normal(1024, 50257), integer_labels(1024, classes=50257), dtype=d) for d in ("float32", "bfloat16")],
     keeps="logits, labels, one number a row",
 )
 def softmax_cross_entropy_with_integer_labels(
