@@ -1,0 +1,23 @@
+"""Data sets that come with installed packages, the user's own files, and the small systems of the seed documents."""
+
+from fbackprop.data.datasets import DataError as DataError
+from fbackprop.data.datasets import Dataset as Dataset
+from fbackprop.data.datasets import classification as classification
+from fbackprop.data.datasets import digits as digits
+from fbackprop.data.datasets import held_out_fifth as held_out_fifth
+from fbackprop.data.files import load as load
+from fbackprop.data.seeds import AND_GATE as AND_GATE
+from fbackprop.data.seeds import SIGMOID_NEURON as SIGMOID_NEURON
+from fbackprop.data.seeds import THREE_LAYER as THREE_LAYER
+
+__all__ = [
+    "AND_GATE",
+    "SIGMOID_NEURON",
+    "THREE_LAYER",
+    "DataError",
+    "Dataset",
+    "classification",
+    "digits",
+    "held_out_fifth",
+    "load",
+]

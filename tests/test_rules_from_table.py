@@ -1,0 +1,463 @@
+"""Tests that every rule gets by standing in RULES. Adding an op adds its tests; nothing here names an op.
+
+By default each rule runs in float32 on all of its samples and in the other dtypes on its first; ``--slow`` runs all.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fbackprop
+from fbackprop import ops
+from fbackprop.checking import check
+from fbackprop.context import without_rules
+from fbackprop.rules import RULES, Rule
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def cases(dtypes=("float32",), every=True):
+    """Each rule × sample × dtype; beyond the first sample, dtypes other than float32 are slow."""
+    for rule in RULES.values():
+        for number, sample in enumerate(rule.samples):
+            for dtype in dtypes:
+                slow = number > 0 and not (every and dtype == "float32")
+                label = "-".join([rule.name, f"[{sample}]", *([dtype] if len(dtypes) > 1 else [])])
+                given = (rule, sample, dtype) if len(dtypes) > 1 else (rule, sample)
+                yield pytest.param(*given, id=label, marks=[pytest.mark.slow] if slow else [])
+
+
+def precision(dtype):
+    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of an op: its arguments that are not static, by name, and a function of those that are arrays."""
+
+    rule: Rule
+    arguments: dict[str, Any]
+    static: dict[str, Any]
+
+    @classmethod
+    def of(cls, rule, sample, dtype="float32", seed=0):
+        args, options = sample.make(seed, dtype)
+        dynamic, static = rule.split(args, options)
+        return cls(rule, dict(zip(rule.arguments, dynamic)), dict(zip(rule.static, static)))
+
+    @property
+    def arrays(self):
+        return {name: value for name, value in self.arguments.items() if isinstance(value, jax.Array)}
+
+    @property
+    def floats(self):
+        return {name: value for name, value in self.arrays.items() if jnp.issubdtype(value.dtype, jnp.floating)}
+
+    def __call__(self, arrays, op=None):
+        return (op or self.rule.op)(**{**self.arguments, **arrays}, **self.static)
+
+    def check(self, op=None, **options):
+        return check(op or self.rule.op, keywords=self.arguments, static=self.static, **options)
+
+
+def random_like(tree, seed=0):
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    return structure.unflatten([jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves])
+
+
+def close(ours, theirs, tolerance=1e-9):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(np.abs(b).max(initial=0.0), 1e-3))
+
+
+# ------------------------------------------------------------------------------------------------- the table itself
+
+
+def test_the_table_and_the_public_names_are_the_same():
+    assert set(ops.__all__) == set(RULES), "fbackprop/ops/__init__.py: its __all__ and RULES differ"
+    for name, rule in RULES.items():
+        assert getattr(fbackprop, name, None) is rule.op, f"fbackprop.{name} is not the op of the rule {name}"
+        assert name in fbackprop.__all__
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_has_samples_workloads_documentation_and_formula(name):
+    rule = RULES[name]
+    assert rule.samples, f"{name} has no samples"
+    assert rule.workloads, f"{name} has no workloads"
+    assert rule.keeps, f"{name} does not tell what it keeps for the backward"
+    assert any(c in rule.formula for c in "=·Σ"), f"the module of {name} has no formula in its docstring"
+    assert any(word in rule.formula.lower() for word in name.split("_")), f"the module of {name} does not speak of it"
+    doc = inspect.getdoc(rule.op) or ""
+    assert len(doc.splitlines()) > 1, f"the docstring of {name} is a single line"
+    assert "->" in doc, f"the docstring of {name} does not tell the shapes"
+    assert all(p.annotation is not inspect.Parameter.empty for p in rule.signature.parameters.values())
+    assert rule.signature.return_annotation is not inspect.Signature.empty
+    # Every argument that can have a cotangent has one that is differentiated in some sample.
+    differentiated = {argument for sample in rule.samples for argument in Call.of(rule, sample).arrays}
+    assert differentiated == set(rule.arguments), f"{name}: no sample gives an array for {set(rule.arguments) - differentiated}"
+
+
+ELSEWHERE = {
+    **{name: getattr(jax.nn, name) for name in RULES if hasattr(jax.nn, name)},
+    **{name: getattr(optax.losses, name) for name in RULES if hasattr(optax.losses, name)},
+}
+# jax.nn.tanh and jax.nn.silu are jitted functions whose argument is positional-only or of another name.
+DIFFERENT_SIGNATURES: set[str] = set()
+
+
+@pytest.mark.parametrize("name", sorted(set(ELSEWHERE) - DIFFERENT_SIGNATURES))
+def test_functions_of_jax_and_optax_have_their_signature(name):
+    ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (RULES[name].op, ELSEWHERE[name]))
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.name, a.default) == (b.name, b.default)
+        assert a.kind == b.kind or (b.kind in positional and a.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+# --------------------------------------------------------------------------------------------------- right, and wrong
+
+
+@pytest.mark.parametrize(("rule", "sample", "dtype"), cases(DTYPES))
+def test_check_is_clean(rule, sample, dtype):
+    with precision(dtype):
+        report = Call.of(rule, sample, dtype).check()
+    assert report.ok, f"\n{report}"
+    assert rule.exact == bool(report.errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(("rule", "sample", "dtype"), cases(DTYPES))
+def test_check_is_clean_with_other_values(rule, sample, dtype, seed):
+    with precision(dtype):
+        report = Call.of(rule, sample, dtype, seed).check(seed=seed)
+    assert report.ok, f"\n{report}"
+
+
+MUTATIONS = ("scaled by 1.01", "one element off", "zeroed", "reversed", "constant added")
+
+
+def mutate(d, which):
+    """The mutation number ``which`` of a cotangent; none of them for a negative number."""
+    flat = d.reshape(-1)
+    largest = jnp.abs(flat).max()
+    wrong = [
+        flat * 1.01,
+        flat.at[jnp.abs(flat).argmax()].multiply(1.05),
+        jnp.zeros_like(flat),
+        flat[::-1],
+        flat + 0.01 * jnp.maximum(largest, 0.1),
+    ]
+    return jnp.where(which < 0, flat, jnp.stack(wrong)[which]).astype(d.dtype).reshape(d.shape)
+
+
+def with_mutations(rule):
+    """The rule with one more argument, [mutation of the cotangent of each argument]: one program for all of them."""
+
+    def reference(mutations, **arguments):
+        return rule.reference(**arguments)
+
+    def forward(mutations, **arguments):
+        y, saved = rule.forward(**arguments)
+        return y, (saved, mutations)
+
+    def backward(saved, dy, **options):
+        rules_own, mutations = saved
+        cotangents = rule.backward(rules_own, dy, **options)
+        wrong = [None if d is None else mutate(d, mutations[i]) for i, d in enumerate(cotangents)]
+        return (*wrong, None)
+
+    parameters = list(rule.signature.parameters.values())
+    extra = inspect.Parameter("mutations", inspect.Parameter.KEYWORD_ONLY)
+    signature = inspect.Signature([*parameters, extra])
+    reference.__name__ = rule.name
+    reference.__signature__ = forward.__signature__ = signature  # type: ignore[attr-defined]
+    backward.__signature__ = inspect.signature(rule.backward)  # type: ignore[attr-defined]
+    return dataclasses.replace(rule, reference=reference, forward=forward, backward=backward, primal=None)
+
+
+def sample_for(rule, argument):
+    """The first sample that gives this argument a cotangent, and that cotangent."""
+    for sample in rule.samples:
+        call = Call.of(rule, sample)
+        if argument in call.floats:
+            y, saved = rule.op.forward(**call.arguments, **call.static)
+            d = rule.op.backward(saved, random_like(y))[rule.arguments.index(argument)]
+            if d is not None:
+                return sample, np.asarray(d)
+    return None, None
+
+
+def float_arguments(rule):
+    return dict.fromkeys(name for sample in rule.samples for name in Call.of(rule, sample).floats)
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.exact])
+def test_a_wrong_backward_is_caught_for_every_cotangent(name):
+    """Each mutation of each cotangent, in float32: refused, with that argument named and no other."""
+    rule = RULES[name]
+    wrong = with_mutations(rule)
+    caught = dict.fromkeys(float_arguments(rule), 0)
+    for argument in caught:
+        sample, d = sample_for(rule, argument)
+        assert sample is not None, f"{name}: no sample gives {argument} a cotangent"
+        call = Call.of(rule, sample)
+        none = np.full(len(rule.arguments), -1)
+
+        def report_of(mutations, call=call):
+            keywords = {**call.arguments, "mutations": jnp.asarray(mutations)}
+            return check(wrong.op, keywords=keywords, static=call.static, checks=("runs", "zero", "cotangents", "linear"))
+
+        assert report_of(none).ok, "the control: without a mutation it is right"
+        for which, mutation in enumerate(MUTATIONS):
+            mutations = none.copy()
+            mutations[rule.arguments.index(argument)] = which
+            if mutation != "constant added" and not d.any():
+                continue  # a cotangent that is truly zero cannot be scaled
+            if mutation == "reversed" and np.abs(d.reshape(-1)[::-1] - d.reshape(-1)).max() < 1e-2 * np.abs(d).max():
+                continue  # one element, or the same backwards
+            report = report_of(mutations)
+            assert not report.ok, f"{name}: the cotangent of {argument}, {mutation}, was not noticed\n{report}"
+            assert {f.where for f in report.findings} == {argument}, f"{argument}, {mutation}:\n{report}"
+            caught[argument] += 1
+    assert all(caught.values()), caught
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.exact])
+def test_an_inexact_backward_is_linear_and_a_wrong_one_is_caught_where_that_can_be(name):
+    rule = RULES[name]
+    wrong, call = with_mutations(rule), Call.of(rule, rule.samples[0])
+    for argument in call.floats:
+        for which, mutation in enumerate(MUTATIONS):
+            mutations = np.full(len(rule.arguments), -1)
+            mutations[rule.arguments.index(argument)] = which
+            keywords = {**call.arguments, "mutations": jnp.asarray(mutations)}
+            report = check(wrong.op, keywords=keywords, static=call.static)
+            assert report.ok == (mutation not in ("one element off", "constant added")), f"{mutation}\n{report}"
+        # Judged as if it were exact it is refused: it is inexact indeed.
+        assert not call.check(exact=True).ok
+
+
+def test_the_straight_through_backward_is_the_one_that_is_documented():
+    x, dy = jnp.array([-2.0, -0.0, 0.0, 1e-30, 3.0]), jnp.array([1.0, -2.0, 3.0, 4.0, 5.0])
+    y, pullback = jax.vjp(fbackprop.step_ste, x)
+    np.testing.assert_array_equal(y, [0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(pullback(dy)[0], dy)
+
+
+# ------------------------------------------------------------------------------------------ halves and transformations
+
+
+@pytest.mark.parametrize(("rule", "sample"), cases())
+def test_the_halves_by_hand_are_the_vjp(rule, sample):
+    """forward and backward by hand, in or out of jit, give what jax.vjp through the op gives; None for what is not float."""
+    call = Call.of(rule, sample)
+    y, pullback = jax.vjp(lambda floats: call(floats), call.floats)
+    dy = random_like(y)
+    by_hand, saved = rule.op.forward(**call.arguments, **call.static)
+    close(by_hand, y, 1e-5)
+    cotangents = rule.op.backward(saved, dy)
+    assert len(cotangents) == len(rule.arguments)
+    named = dict(zip(rule.arguments, cotangents))
+    close({name: named[name] for name in call.floats}, pullback(dy)[0], 1e-5)
+    for name, d in named.items():
+        if name not in call.floats and not isinstance(call.arguments[name], float):
+            assert d is None, f"{name}: expected None, got {d!r}"
+        elif name in call.floats:
+            assert (d.dtype, d.shape) == (call.floats[name].dtype, call.floats[name].shape)
+    in_jit = jax.jit(lambda a, dy: rule.op.backward(rule.op.forward(**{**call.arguments, **a}, **call.static)[1], dy))
+    close(in_jit(call.arrays, dy), cotangents, 1e-5)
+
+
+def second_values(call, sample):
+    """Other values for the arrays of the same sample."""
+    other = Call.of(call.rule, sample, "float64", seed=1).arrays
+    is_key = {n: jnp.issubdtype(v.dtype, jax.dtypes.prng_key) for n, v in other.items()}
+    return {n: jax.random.fold_in(v, 1) if is_key[n] else v for n, v in other.items()}
+
+
+@pytest.mark.parametrize(("rule", "sample"), cases(every=False))
+def test_jit_eager_vmap_scan_cond_and_checkpoint_agree(rule, sample):
+    """In float64. What is expected is computed by one program, called for each member of a batch."""
+    with jax.enable_x64(True):
+        call = Call.of(rule, sample, "float64")
+        first, second = call.arrays, second_values(call, sample)
+        floats = list(call.floats)
+
+        def vjp(fn, arrays, dy):
+            own = {n: arrays[n] for n in floats}
+            y, pullback = jax.vjp(lambda f: fn({**arrays, **f}), own)
+            return y, pullback(dy)[0]
+
+        single = jax.jit(lambda arrays, dy: vjp(call, arrays, dy))
+        dy = random_like(jax.eval_shape(call, first))
+        dys = jax.tree.map(lambda a, b: jnp.stack([a, b]), dy, random_like(dy, 1))
+        expected = [single(a, jax.tree.map(lambda d: d[i], dys)) for i, a in enumerate((first, second))]  # noqa: B023
+        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second)
+
+        def stacked(names, results):
+            """Over a batch values are stacked; cotangents of what all members share are summed."""
+            y = jax.tree.map(lambda a, b: jnp.stack([a, b]), *(r[0] for r in results))
+            d = {n: jnp.stack([r[1][n] for r in results]) if n in names else sum(r[1][n] for r in results) for n in floats}
+            return y, d
+
+        def mapped(names, axis=0):
+            axes = {n: axis if n in names else None for n in first}
+            batch = {n: jnp.moveaxis(both[n], 0, axis) if n in names else first[n] for n in first}
+            y, d = vjp(jax.vmap(call, in_axes=(axes,)), batch, dys)
+            return y, {n: jnp.moveaxis(v, axis, 0) if n in names else v for n, v in d.items()}
+
+        def scanned():
+            return vjp(lambda arrays: jax.lax.scan(lambda c, a: (c, call(a)), 0.0, arrays)[1], both, dys)
+
+        def branched(flag):
+            zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+            return vjp(lambda a: jax.lax.cond(flag, call, lambda a: zeros(call(a)), a), first, dy)
+
+        @jax.jit
+        def everything(flag):
+            results = {f"vmap over {n} alone": mapped([n]) for n in first}
+            results["vmap over all"] = mapped(list(first), axis=-1)
+            results |= {"scan": scanned(), "cond": branched(flag), "checkpoint": vjp(jax.checkpoint(call), first, dy)}
+            return results
+
+        results = everything(True)
+        for n in first:
+            alone = [expected[0], single({**first, n: second[n]}, jax.tree.map(lambda d: d[1], dys))]
+            close(
+                results.pop(f"vmap over {n} alone"), stacked([n], [single(first, jax.tree.map(lambda d: d[0], dys)), alone[1]])
+            )
+        for name in ("vmap over all", "scan"):
+            close(results.pop(name), stacked(floats, expected))
+        for name in ("cond", "checkpoint"):
+            close(results.pop(name), expected[0])
+        assert not results
+        close(vjp(call, first, dy), expected[0])  # eager
+
+
+@pytest.mark.parametrize(("rule", "sample"), cases(every=False))
+def test_second_order_is_that_of_the_twin(rule, sample):
+    """Reverse over reverse in float64, with respect to the arguments and to the cotangent of y."""
+    if not rule.exact:
+        pytest.skip("an inexact backward has another derivative than the twin")
+    with jax.enable_x64(True):
+        call = Call.of(rule, sample, "float64")
+        dy = random_like(jax.eval_shape(call, call.arrays))
+        weights = random_like(call.floats, 2)
+
+        def inner(floats, dy):
+            cotangents = jax.vjp(lambda f: call(f), floats)[1](dy)[0]
+            return sum((w * d).sum() for w, d in zip(jax.tree.leaves(weights), jax.tree.leaves(cotangents)))
+
+        grad = jax.grad(inner, (0, 1))
+        ours, theirs = jax.jit(lambda f, d: (grad(f, d), without_rules(grad)(f, d)))(call.floats, dy)
+    close(ours, theirs)
+
+
+@pytest.mark.parametrize(("rule", "sample"), cases())
+def test_it_lowers_for_cpu_cuda_and_tpu(rule, sample):
+    call = Call.of(rule, sample)
+    dy = random_like(jax.eval_shape(call, call.arrays))
+    rest = {n: v for n, v in call.arrays.items() if n not in call.floats}
+
+    def both(floats, rest, dy):
+        keys = {n: jax.random.wrap_key_data(v) if is_key[n] else v for n, v in rest.items()}
+        y, pullback = jax.vjp(lambda f: call({**keys, **f}), floats)
+        return y, pullback(dy)[0]
+
+    is_key = {n: jnp.issubdtype(v.dtype, jax.dtypes.prng_key) for n, v in rest.items()}
+    rest = {n: jax.random.key_data(v) if is_key[n] else v for n, v in rest.items()}
+    exported = jax.export.export(jax.jit(both), platforms=("cpu", "cuda", "tpu"))(call.floats, rest, dy)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert len(exported.out_avals) == len(jax.tree.leaves((dy, call.floats)))
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def saved_bytes(call, wanted, op=None):
+    """What is kept for the backward with respect to the wanted arguments, arguments included, each array once."""
+    frozen = {n: v for n, v in call.arrays.items() if n not in wanted}
+
+    def pullback(floats, frozen):
+        return jax.vjp(lambda f: call({**frozen, **f}, op), floats)[1]
+
+    kept = jax.eval_shape(pullback, {n: call.floats[n] for n in wanted}, frozen)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rule", "sample"), cases())
+def test_it_keeps_no_more_than_autodiff_and_less_for_fewer_arguments(rule, sample, dtype):
+    call = Call.of(rule, sample, dtype)
+    ours, theirs = saved_bytes(call, call.floats), saved_bytes(call, call.floats, without_rules(rule.op))
+    assert ours <= theirs, f"keeps {ours} bytes, jax.grad {theirs}"
+    for name in call.floats:
+        alone = saved_bytes(call, [name])
+        assert alone <= ours, f"{name} alone keeps {alone} bytes, all arguments together {ours}"
+
+
+# --------------------------------------------------------------------------------------------------------- the twin
+
+
+@pytest.mark.parametrize(("rule", "sample"), cases(every=False))
+def test_without_rules_gives_forward_mode(rule, sample):
+    with jax.enable_x64(True):
+        call = Call.of(rule, sample, "float64")
+        twin = without_rules(lambda floats: call(floats))
+        tangents = random_like(call.floats)
+
+        @jax.jit
+        def derivatives(floats, tangents):
+            y, dot = jax.jvp(twin, (floats,), (tangents,))
+            dy = random_like(y)
+            backward = jax.vjp(twin, floats)[1](dy)[0]
+            inner = lambda a, b: sum((u * v).sum() for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b)))  # noqa: E731
+            return inner(dy, dot), inner(backward, tangents)
+
+        close(*derivatives(call.floats, tangents))
+        _, linear = jax.eval_shape(lambda f: jax.linearize(twin, f), call.floats)
+        jax.eval_shape(linear, tangents)
+        jax.eval_shape(jax.hessian(lambda f: sum((leaf**2).sum() for leaf in jax.tree.leaves(twin(f)))), call.floats)
+        with pytest.raises(TypeError):
+            jax.jvp(lambda floats: call(floats), (call.floats,), (tangents,))
+
+
+# ------------------------------------------------------------------------------------------------------------ speed
+
+
+def seconds(fn, calls=200):
+    start = time.perf_counter()
+    for _ in range(calls):
+        y = fn()
+    jax.block_until_ready(y)
+    return time.perf_counter() - start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ELSEWHERE))
+def test_an_eager_call_costs_at_most_twice_that_of_the_same_function_elsewhere(name):
+    args, options = RULES[name].samples[0].make()
+    ours, theirs = (functools.partial(f, *args, **options) for f in (RULES[name].op, ELSEWHERE[name]))
+    seconds(ours), seconds(theirs)
+    medians = []
+    for _ in range(3):
+        medians.append(statistics.median(seconds(ours) / seconds(theirs) for _ in range(9)))
+        if medians[-1] <= 2:
+            return
+    raise AssertionError(f"an eager call of {name} costs {medians} times that of {ELSEWHERE[name]}")
