@@ -161,6 +161,15 @@ def both(x):
 
 
 @rule(
+    forward=lambda x, s: ((x * s, 2 * x), (x, s)),
+    backward=lambda saved, dy: (dy[0] * saved[1] + 2 * dy[1], (dy[0] * saved[0]).sum()),
+)
+def scaled_and_doubled(x, s):
+    """x s and 2 x: one of the outputs does not read s, which the backward does."""
+    return x * s, 2 * x
+
+
+@rule(
     forward=lambda x, axis_name: (x - lax.pmean(x, axis_name), None),
     backward=lambda saved, dy, axis_name: (dy - lax.pmean(dy, axis_name),),
     static=("axis_name",),
@@ -494,6 +503,38 @@ def test_vmap_over_every_combination_of_axes():
     ours, theirs = jax.jit(lambda: (everything(square_loss), everything(without_rules(square_loss))))()
     assert len(ours) == 2 * 17
     equal(ours, theirs)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (-1, 0)], ids=str)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "checkpoint"])
+def test_vmap_over_an_argument_that_one_of_the_outputs_does_not_read(axes, wrap):
+    x = X if axes[0] is None else jnp.stack([X, X + 1], axes[0])
+    s = jnp.float32(3) if axes[1] is None else jnp.float32([3, 5])
+
+    def loss(x, s, op):
+        y, z = wrap(jax.vmap(op, in_axes=axes))(x, s)
+        return (y * jnp.float32([1, 2])[:, None, None]).sum() + (z * jnp.float32([3, 4])[:, None, None]).sum()
+
+    equal(*(jax.grad(loss, (0, 1))(x, s, op) for op in (scaled_and_doubled, without_rules(scaled_and_doubled))))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_output_stays_the_same_on_all_devices_where_it_does_not_read_what_varies(check_vma, kind):
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
+    s = jnp.arange(1.0, 9.0)
+
+    def loss(x, s, op):
+        fn = lambda x, s: op(x, s[0])  # noqa: E731
+        y, z = jax.shard_map(fn, mesh=mesh, in_specs=(S(), S("a")), out_specs=(S("a"), S()), check_vma=check_vma)(x, s)
+        return (y**2).sum() + (z**2).sum()
+
+    with jax.set_mesh(mesh):
+        x, s = place(mesh, (S(), S("a")), (X, s))
+        grads = [
+            jax.jit(jax.grad(partial(loss, op=op), (0, 1)))(x, s) for op in (scaled_and_doubled, lambda x, s: (x * s, 2 * x))
+        ]
+    equal(*map(fetched, grads))
 
 
 def test_scan_over_layers_and_over_a_shared_kernel():
@@ -1035,7 +1076,7 @@ def test_the_halves_are_jittable_scannable_and_agree_with_vjp():
 def test_saved_of_a_batch_is_not_taken_for_saved_of_one():
     # An axis too many means "not needed" only where it has length 0.
     many = jax.vmap(loud.forward)(X)[1]
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, ValueError)):
         loud.backward(many, X[0])
 
 

@@ -338,7 +338,8 @@ def softmax_cross_entropy(
     """
     require_float("softmax_cross_entropy", logits=logits)
     canonical_axes("softmax_cross_entropy", axis, jnp.ndim(logits))
-    if jnp.broadcast_shapes(jnp.shape(logits), jnp.shape(labels)) != jnp.shape(logits):
+    have, want = jnp.shape(labels), jnp.shape(logits)
+    if len(have) > len(want) or any(a not in (1, b) for a, b in zip(reversed(have), reversed(want))):
         raise ValueError(
             f"softmax_cross_entropy: labels must broadcast with logits, got {shapes(logits=logits, labels=labels)}."
         )

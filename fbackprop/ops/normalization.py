@@ -280,7 +280,8 @@ def batch_norm(
         batch, which it normalizes with, or returns those where no averages are given. The biased variance is used for both.
       train: whether the statistics are those of the batch.
       momentum: the share of the old running average in the new one.
-      axis_name: the name of a mapped or manual axis over which the batch is spread.
+      axis_name: the name of a mapped or manual axis over which the batch is spread. (Under ``vmap`` differentiate inside of
+        it: JAX does not bind its axis names where it runs the backward of a ``custom_vjp`` from outside.)
     Raises:
       ValueError: where shapes do not fit, the batch is empty, or inference has no mean and var.
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
