@@ -52,20 +52,24 @@ WRONG = {
     "one part in a thousand": (dense(lambda s, dy: (1.001 * right(s, dy)[0], right(s, dy)[1])), (X, W), "cotangents", "x"),
     "one element of thirty": (tanh(lambda y, dy: ((dy * (1 - y * y)).at[2, 3].multiply(1.5),)), (X,), "cotangents", "x"),
     "sign": (dense(lambda s, dy: (right(s, dy)[0], -right(s, dy)[1])), (X, W), "cotangents", "w"),
-    "rows multiplied by the first cotangent": (tanh(lambda y, dy: (dy.at[:].set(dy[0, 0]) * (1 - y * y),)), (X,), "cotangents", "x"),
+    "rows multiplied by the first": (tanh(lambda y, dy: (jnp.full_like(dy, dy[0, 0]) * (1 - y * y),)), (X,), "cotangents", "x"),
     "right for ones only": (tanh(lambda y, dy: (dy.mean() * (1 - y * y),)), (X,), "cotangents", "x"),
-    "a term that only isolated cotangents show": (tanh(lambda y, dy: (jnp.where((dy != 0).sum() == 1, 0, dy * (1 - y * y)),)), (X,), "one-hot", "x"),
+    "lost where it stands alone": (
+        tanh(lambda y, dy: (jnp.where((dy != 0).sum() == 1, 0, dy * (1 - y * y)),)), (X,), "one-hot", "x",
+    ),
     "a constant added": (tanh(lambda y, dy: (dy * (1 - y * y) + 1e-3,)), (X,), "zero", "x"),
     "not linear": (tanh(lambda y, dy: (dy * (1 - y * y) * (1 + 1e-3 * jnp.abs(dy)),)), (X,), "linear", "x"),
     "zero": (dense(lambda s, dy: (right(s, dy)[0], jnp.zeros_like(s[1]))), (X, W), "nonzero", "w"),
-    "NaN": (tanh(lambda y, dy: (jnp.where(y > 0.9, jnp.nan, dy * (1 - y * y)),)), (X,), "finite", "x"),
+    "NaN": (tanh(lambda y, dy: (jnp.where(y > 0.5, jnp.nan, dy * (1 - y * y)),)), (X,), "finite", "x"),
     "another value under differentiation": (dense(right, lambda x, w: x @ w + 100), (X, W), "value", "output 0"),
     "float32 for bfloat16": (
         tanh(lambda y, dy: ((dy * (1 - y * y)).astype(jnp.float32),)), (X.astype(jnp.bfloat16),), "types", "x",
     ),
     "shape": (tanh(lambda y, dy: (dy[0],)), (X,), "runs", "tanh"),
     "arity": (dense(lambda s, dy: right(s, dy)[:1]), (X, W), "runs", "<lambda>"),
-    "rounded to bfloat16": (tanh(lambda y, dy: ((dy * (1 - y * y)).astype(jnp.bfloat16).astype(jnp.float32),)), (WIDE,), "rms", "x"),
+    "rounded to bfloat16": (
+        tanh(lambda y, dy: ((dy * (1 - y * y)).astype(jnp.bfloat16).astype(jnp.float32),)), (WIDE,), "rms", "x",
+    ),
     "summed in bfloat16": (
         custom(
             lambda x, gain: x * gain[None, :],
@@ -134,7 +138,8 @@ RIGHT = {
     ),
     "scalar": (jnp.sin, (jnp.float32(0.3),)),
     "no elements": (lambda x: x * 2, (jnp.zeros((0, 3)),)),
-    "mixed dtypes": (lambda x, w: x.astype(jnp.float32) @ w, (X.astype(jnp.bfloat16), W)),
+    "mixed dtypes": (lambda x, w: x @ w, (X.astype(jnp.bfloat16), W)),
+    "mixed dtypes, cast inside": (lambda x, w: x.astype(jnp.float32) @ w, (X.astype(jnp.bfloat16), W)),
     "infinite": (lambda x: jnp.log(x), (jnp.array([0.0, 1.0]),)),
     "all of it constant": (lambda x: jnp.sign(x), (X,)),
 }
@@ -144,13 +149,11 @@ RIGHT = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_functions_pass(name, dtype):
     fn, args = RIGHT[name]
-    if name in ("mixed dtypes", "logsumexp of large numbers") and dtype == "float16":
-        pytest.skip("overflows")
     with jax.enable_x64(dtype == "float64"):
 
         def cast(leaf):
             floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-            return jnp.asarray(leaf, dtype) if floating and name != "mixed dtypes" else leaf
+            return jnp.asarray(leaf, dtype) if floating and "mixed dtypes" not in name else leaf
 
         report = check(fn, *jax.tree.map(cast, args))
     assert report.ok, f"\n{report}"
@@ -265,10 +268,12 @@ def test_at_most_six_programs_and_none_for_other_values():
     def fn(x, w, gain):
         return jnp.tanh(x @ w) * gain[None, :]
 
-    assert check(fn, X, W, W[0]).ok
+    first, others = (X, W, W[0]), (X + 1, W * 2, W[1])
+    compiled.clear()
+    assert check(fn, *first).ok
     assert 0 < len(compiled) <= 8, "six programs, and what JAX compiles to move arrays"
     compiled.clear()
-    assert check(fn, X + 1, W * 2, W[1], seed=1).ok
+    assert check(fn, *others, seed=1).ok
     assert not compiled
 
 

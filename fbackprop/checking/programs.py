@@ -42,6 +42,11 @@ class Differences:
     kinks: int
     points: int
 
+    @property
+    def agree(self) -> bool:
+        """A truth that is not a finite number cannot be judged in this way."""
+        return not np.isfinite(self.true) or abs(self.measured - self.true) <= max(self.tolerance, 1e-300)
+
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
@@ -60,6 +65,7 @@ class Evidence:
     value_types: tuple[Any, ...]
     value_slack: list[float] | None
     differences: tuple[Differences, ...]
+    narrows: bool  # finite differences disagree, and the reference rounds to less than float64 inside
     failure: str = ""
 
 
@@ -80,7 +86,10 @@ def gather(subject: Subject, checks: Sequence[str], seed: int) -> Evidence:
         wide_dys = [np.concatenate([np.asarray(dy, np.float64), e]) for dy, e in zip(dys, extra)]
         y, _, gradients = of_reference["gradients"](wide, constant, wide_dys)
         true_values, truth = _numpy(y), _numpy(gradients)
-    differences = tuple(d(truth, len(kinds) + i) for i, d in enumerate(differences))
+        differences = tuple(d(truth, len(kinds) + i) for i, d in enumerate(differences))
+        narrows = not all(d.agree for d in differences) and _narrows(
+            jax.make_jaxpr(call.bind(subject.reference))(wide, constant).jaxpr
+        )
     truth = [leaf[: len(kinds)] for leaf in truth]
 
     reference_y, reference_others, theirs = of_reference["gradients"](floats, arrays, dys)
@@ -88,7 +97,7 @@ def gather(subject: Subject, checks: Sequence[str], seed: int) -> Evidence:
     values = {"reference": (_numpy(reference_y), list(reference_others)), "truth": (true_values, [])}
     common: dict[str, Any] = {
         "subject": subject, "kinds": kinds, "theirs": _numpy(theirs), "truth": truth, "slack": slack, "values": values,
-        "value_types": tuple(outputs), "value_slack": value_slack, "differences": differences,
+        "value_types": tuple(outputs), "value_slack": value_slack, "differences": differences, "narrows": narrows,
     }  # fmt: skip
     try:
         of_fn = _kept(_subject_programs, subject.fn, call, subject.groups, *subject.halves)
@@ -255,6 +264,19 @@ def _slopes(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return near, agree & sides & np.isfinite(near)
 
 
+def _narrows(jaxpr: Any) -> bool:
+    """Whether a program casts float64 to something narrower."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "convert_element_type" and equation.invars[0].aval.dtype == jnp.float64:
+            new = equation.params["new_dtype"]
+            if jnp.issubdtype(new, jnp.floating) and jnp.finfo(new).bits < 64:
+                return True
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns"))
+        if any(_narrows(getattr(p, "jaxpr", p)) for p in inner if hasattr(getattr(p, "jaxpr", p), "eqns")):
+            return True
+    return False
+
+
 def _argument(subject: Subject, group: int) -> str:
     return ", ".join(n for n, g in zip(subject.names, subject.groups) if g == group)
 
@@ -277,8 +299,9 @@ def _slack_of_float64(
         wide = [np.asarray(leaf, np.float64) for leaf in narrow]
         true_y, _, true = programs["gradients"](wide, arrays, [dy.astype(np.float64) for dy in dys])
     ratio = 2.0**-29
-    slack = [np.abs(a - b)[:count] * ratio for a, b in zip(_numpy(rounded), _numpy(true))]
-    return slack, [float(np.abs(a - b).max(initial=0.0)) * ratio for a, b in zip(_numpy(y), _numpy(true_y))]
+    with np.errstate(all="ignore"):
+        slack = [np.abs(a - b)[:count] * ratio for a, b in zip(_numpy(rounded), _numpy(true))]
+        return slack, [_largest(a - b) * ratio for a, b in zip(_numpy(y), _numpy(true_y))]
 
 
 # ------------------------------------------------------------------------------------------------------------ arrays

@@ -29,10 +29,10 @@ batch_norm    over all axes but the last, in training. Kept: x, γ, and μ and r
 
               Over devices (``axis_name``) the sums over examples run over all of them.
 
-Statistics are computed in float32 or wider, the variance from the centred values (E[x²] − μ² cancels).
+Statistics are computed in float32 or wider, the variance from the centred values where E[x²] − μ² would cancel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -161,26 +161,58 @@ class _BatchStatistics(NamedTuple):
     var: jax.Array
 
 
+def _centred(x: jax.Array, mean: jax.Array) -> jax.Array:
+    return x - mean.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
 def _batch_statistics(x: jax.Array, axis_name: Any) -> _BatchStatistics:
-    axes = tuple(range(x.ndim - 1))
+    """The definition: mean and variance over all axes but the last, and over the devices."""
 
     def average(values: jax.Array) -> jax.Array:
-        own = jnp.mean(values, axes)
+        own = jnp.mean(values, tuple(range(x.ndim - 1)))
         return own if axis_name is None else jax.lax.pmean(own, axis_name)
 
     mean = average(x)
-    return _BatchStatistics(mean, average(jnp.square(x - mean.reshape((1,) * (x.ndim - 1) + (-1,)))))
+    return _BatchStatistics(mean, average(jnp.square(_centred(x, mean))))
+
+
+# On a CPU an array of centred values, written and read again, costs more than the sums over it. There the variance is
+# E[x²] − μ², and Σ dy (x − μ) is Σ dy x − μ Σ dy, as long as that cancels no more than one bit: μ² ≤ σ² for every feature,
+# as it is behind a convolution. Where it would cancel more, the values are centred after all.
+
+
+def _cpu_statistics(x: jax.Array) -> _BatchStatistics:
+    rows = tuple(range(x.ndim - 1))
+    mean, square = jnp.mean(x, rows), jnp.mean(jnp.square(x), rows)
+    var = square - jnp.square(mean)
+    near = jnp.all(jnp.square(mean) <= var)
+    return _BatchStatistics(mean, jax.lax.cond(near, lambda: var, lambda: _batch_statistics(x, None).var))
+
+
+def _cpu_centred_sum(g: jax.Array, x: jax.Array, mean: jax.Array, rstd: jax.Array) -> jax.Array:
+    rows = tuple(range(x.ndim - 1))
+    apart = jnp.sum(g * x, rows) - mean * jnp.sum(g, rows)
+    near = jnp.all(jnp.square(mean * rstd) <= 1)
+    return jax.lax.cond(near, lambda: apart, lambda: jnp.sum(g * _centred(x, mean), rows))
 
 
 def _batch(
-    x: jax.Array, scale: Any, bias: Any, mean: Any, var: Any, train: bool, epsilon: float, momentum: float, axis_name: Any
+    x: jax.Array,
+    scale: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    train: bool,
+    epsilon: float,
+    momentum: float,
+    statistics: Callable[[jax.Array], _BatchStatistics],
 ) -> tuple[Any, jax.Array, jax.Array]:
     """What batch_norm returns, and the mean and the reciprocal deviation that it used."""
     features = (1,) * (x.ndim - 1) + (-1,)
-    used = _batch_statistics(wide(x), axis_name) if train else _BatchStatistics(wide(mean), wide(var))
+    used = statistics(wide(x)) if train else _BatchStatistics(wide(mean), wide(var))
     rstd = jax.lax.rsqrt(used.var + epsilon)
     slope = rstd if scale is None else rstd * wide(scale)
-    y = (wide(x) - used.mean.reshape(features)) * slope.reshape(features)
+    y = _centred(wide(x), used.mean) * slope.reshape(features)
     y = (y if bias is None else y + wide(bias).reshape(features)).astype(x.dtype)
     if not train:
         return y, used.mean, rstd
@@ -212,16 +244,28 @@ def _batch_forward(
     axis_name: Any = None,
 ) -> tuple[Any, _BatchSaved]:
     x = jnp.asarray(x)
-    result, used_mean, rstd = _batch(x, scale, bias, mean, var, train, epsilon, momentum, axis_name)
+
+    def statistics(x: jax.Array) -> _BatchStatistics:
+        if axis_name is not None:
+            return _batch_statistics(x, axis_name)
+        return jax.lax.platform_dependent(x, cpu=_cpu_statistics, default=lambda x: _batch_statistics(x, None))
+
+    result, used_mean, rstd = _batch(x, scale, bias, mean, var, train, epsilon, momentum, statistics)
     return result, _BatchSaved(x, used_mean, rstd, None if scale is None else jnp.asarray(scale), Static(mean is not None))
 
 
 def _batch_backward(saved: _BatchSaved, dy: Any, *, train: bool, momentum: float, axis_name: Any) -> tuple[Any, ...]:
     x, mean, rstd, scale, averaged = saved
     rows, features = tuple(range(x.ndim - 1)), (1,) * (x.ndim - 1) + (-1,)
-    g, centred = wide(dy[0] if train else dy), wide(x) - mean.reshape(features)
+    g, wide_x = wide(dy[0] if train else dy), wide(x)
     dbias = jnp.sum(g, rows)
-    dscale = rstd * jnp.sum(g * centred, rows)
+    if axis_name is None:
+        centred_sum = jax.lax.platform_dependent(
+            g, wide_x, mean, rstd, cpu=_cpu_centred_sum, default=lambda g, x, mean, _: jnp.sum(g * _centred(x, mean), rows)
+        )
+    else:
+        centred_sum = jnp.sum(g * _centred(wide_x, mean), rows)
+    dscale = rstd * centred_sum
     k = rstd if scale is None else rstd * wide(scale)
     if not train:
         dvar = -0.5 * k * rstd * dscale
@@ -239,7 +283,7 @@ def _batch_backward(saved: _BatchSaved, dy: Any, *, train: bool, momentum: float
     # dx = k dy + (slope along x − μ) (x − μ) + offset
     slope = -k * rstd * total_dscale / n + share * 2 * dnew_var / n
     offset = -k * total_dbias / n + share * dnew_mean / n
-    dx = k.reshape(features) * g + slope.reshape(features) * centred + offset.reshape(features)
+    dx = k.reshape(features) * g + slope.reshape(features) * _centred(wide_x, mean) + offset.reshape(features)
     return dx, dscale, dbias, dmean, dvar
 
 
@@ -297,4 +341,4 @@ def batch_norm(
         raise ValueError("batch_norm: mean and var are given together or not at all.")
     if not train and mean is None:
         raise ValueError("batch_norm: inference needs the running averages mean and var; with train=True the batch's are used.")
-    return _batch(x, scale, bias, mean, var, train, epsilon, momentum, axis_name)[0]
+    return _batch(x, scale, bias, mean, var, train, epsilon, momentum, lambda x: _batch_statistics(x, axis_name))[0]
