@@ -319,7 +319,9 @@ def _run_forward(
     record = Record(rule, static, types, tuple(v.ndim for v in values), precision)
     if wanted is not None and not all(w or not any(map(_inexact, leaves)) for w, (leaves, _) in zip(wanted, types)):
         needed = _needed(Saved(values, structure, record), y, wanted)
-        values = [v if n else jnp.zeros((0, *v.shape), v.dtype) for n, v in zip(needed, values)]
+        # Keys have no zeros, and few bytes.
+        keep = [n or jnp.issubdtype(v.dtype, jax.dtypes.extended) for n, v in zip(needed, values)]
+        values = [v if k else jnp.zeros((0, *v.shape), v.dtype) for k, v in zip(keep, values)]
     return y, Saved(values, structure, record)
 
 
@@ -463,8 +465,7 @@ def elementwise(
                 slope = derivative(**{n: known[n] for n in inspect.signature(derivative).parameters})
                 # The chain rule for a function of single elements: d<argument> = dy · slope. A slope of True and False
                 # selects: 0 · inf would be NaN.
-                d = dy.astype(wide)
-                d = jnp.where(slope, d, 0) if slope.dtype == bool else d * slope
+                d = jnp.where(slope, dy, 0) if slope.dtype == bool else dy.astype(wide) * slope
                 result.append(_sum_to(d, shape))
             return tuple(result)
 
@@ -472,7 +473,9 @@ def elementwise(
         forward.__signature__ = inspect.signature(reference)  # type: ignore[attr-defined]
         pair = [kinds("saved", kinds.POSITIONAL_ONLY), kinds("dy", kinds.POSITIONAL_ONLY)]
         backward.__signature__ = inspect.Signature([*pair, *(kinds(n, kinds.KEYWORD_ONLY) for n in static)])  # type: ignore[attr-defined]
-        used = sorted({n for d in derivatives for n in inspect.signature(d).parameters if n not in static})
+        used, less = (
+            ", ".join(sorted({n for d in form for n in inspect.signature(d).parameters if n not in static})) for form in forms
+        )
         sizes = [sample(normal(4096, 3072), dtype=d) for d in ("float32", "bfloat16")]
         return rule(
             forward=forward,
@@ -481,7 +484,7 @@ def elementwise(
             exact=exact,
             samples=[sample(normal(5, 7)), sample(normal(9, scale=4.0)), sample(normal())] if samples is None else samples,
             workloads=sizes if workloads is None else workloads,
-            keeps=keeps or ", ".join(used),
+            keeps=keeps or (used if used == less else f"{used} ({less} below float32)"),
         )(reference)
 
     return register

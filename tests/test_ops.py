@@ -1,4 +1,4 @@
-"""What the tests made from RULES cannot know: kinks, signatures, Flax's and optax's values, edges, and sentences for bad input."""
+"""What tests made from RULES cannot know: kinks, signatures, the values of Flax and optax, edges, sentences for bad input."""
 
 import inspect
 import json

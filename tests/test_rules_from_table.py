@@ -306,7 +306,7 @@ def test_jit_eager_vmap_scan_cond_and_checkpoint_agree(rule, sample):
         single = jax.jit(lambda arrays, dy: vjp(call, arrays, dy))
         dy = random_like(jax.eval_shape(call, first))
         dys = jax.tree.map(lambda a, b: jnp.stack([a, b]), dy, random_like(dy, 1))
-        expected = [single(a, jax.tree.map(lambda d: d[i], dys)) for i, a in enumerate((first, second))]  # noqa: B023
+        expected = [single(a, jax.tree.map(lambda d: d[i], dys)) for i, a in enumerate((first, second))]
         both = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second)
 
         def stacked(names, results):
