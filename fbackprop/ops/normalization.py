@@ -100,13 +100,19 @@ def _layer_backward(saved: _LayerSaved, dy: jax.Array, *, axis: Axis) -> tuple[A
     x, mean, rstd, scale = saved
     axes = canonical_axes("layer_norm", axis, x.ndim)
     rows = tuple(i for i in range(x.ndim) if i not in axes)
-    dy = wide(dy)
-    xhat = (wide(x) - mean) * rstd
+    dy, xhat = wide(dy), (wide(x) - mean) * rstd
+    product = dy * xhat
     g = _scaled(dy, _along(axes, scale, x.ndim), None)
-    dx = rstd * (g - jnp.mean(g, axes, keepdims=True) - xhat * jnp.mean(g * xhat, axes, keepdims=True))
-    dscale = jnp.sum(dy * xhat, rows)
-    dbias = jnp.sum(dy, rows)
-    return dx, dscale, dbias
+    dx = rstd * (g - _weighted_mean(dy, scale, axes) - xhat * _weighted_mean(product, scale, axes))
+    return dx, jnp.sum(product, rows), jnp.sum(dy, rows)
+
+
+def _weighted_mean(values: jax.Array, scale: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    """mean(γ · values) over the axes. As a product of matrix and vector: that reads the values once and forms no γ · values."""
+    if scale is None:
+        return jnp.mean(values, axes, keepdims=True)
+    total = jnp.tensordot(values, wide(scale), (axes, tuple(range(scale.ndim))), precision=jax.lax.Precision.HIGHEST)
+    return jnp.expand_dims(total, axes) / scale.size
 
 
 @rule(
