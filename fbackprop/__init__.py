@@ -10,6 +10,8 @@ from fbackprop import layers as layers
 from fbackprop import models as models
 from fbackprop import ops as ops
 from fbackprop import rules as rules
+from fbackprop.checking import assert_correct as assert_correct
+from fbackprop.checking import check as check
 from fbackprop.context import without_rules as without_rules
 from fbackprop.models import from_flax as from_flax
 from fbackprop.ops import *  # noqa: F403
@@ -17,4 +19,16 @@ from fbackprop.ops import __all__ as _ops
 from fbackprop.rules import RULES as RULES
 
 __version__ = "0.1.0"
-__all__ = ["RULES", "context", "from_flax", "layers", "models", "ops", "rules", "without_rules", *_ops]
+__all__ = [
+    "RULES",
+    "assert_correct",
+    "check",
+    "context",
+    "from_flax",
+    "layers",
+    "models",
+    "ops",
+    "rules",
+    "without_rules",
+    *_ops,
+]
