@@ -51,7 +51,7 @@ class Rule:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     static: tuple[str, ...] = ()
-    primal: Callable[..., Any] | None = None  # runs when nothing is differentiated; the reference by default
+    primal: Callable[..., Any] | None = None  # runs when nothing is differentiated; by default the forward's y
     exact: bool = True  # False: meant to differ from the gradient (straight-through)
     samples: tuple[Sample, ...] = ()
     workloads: tuple[Sample, ...] = ()
@@ -182,7 +182,8 @@ def rule(
       forward: ``forward(<the same arguments>) -> (y, saved)``; ``saved`` is any pytree, best a NamedTuple.
       backward: ``backward(saved, dy, *, <static arguments it needs>) -> (d<argument>, …)``.
       static: names of the arguments that are hashable Python values; every other argument may be traced.
-      primal: ``primal(<the same arguments>) -> y`` for calls that are not differentiated.
+      primal: ``primal(<the same arguments>) -> y`` for calls that are not differentiated, where the forward computes what
+        the compiler cannot drop; it must compute y as the forward does.
       exact: False for a rule that is meant to differ from the gradient of the definition.
       samples: inputs that the tests use. workloads: inputs that the benchmarks use.
       keeps: what is kept for the backward, in words.
@@ -227,15 +228,20 @@ def _check_signatures(rule: Rule) -> None:
 
 
 def _make_op(rule: Rule) -> Op[..., Any]:
+    def check(dynamic: tuple[Any, ...], static: tuple[Any, ...]) -> None:
+        """The definition's checks of bad input, on types alone."""
+        jax.eval_shape(lambda *d: rule.call(rule.reference, d, static), *dynamic)
+
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         dynamic, static = rule.split(args, kwargs)
         if context.uses_references():
             return rule.call(rule.reference, dynamic, static)
+        check(dynamic, static)
         return _differentiable(rule, *static)(*dynamic)
 
     def halves_forward(*args: Any, **kwargs: Any) -> tuple[Any, Saved]:
         dynamic, static = rule.split(args, kwargs)
-        jax.eval_shape(lambda *d: rule.call(rule.reference, d, static), *dynamic)  # its checks of bad input
+        check(dynamic, static)
         return _run_forward(rule, dynamic, static, wanted=None)
 
     def jitted(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -280,8 +286,10 @@ def _make_op(rule: Rule) -> Op[..., Any]:
 def _differentiable(rule: Rule, *static: Any) -> Callable[..., Any]:
     """The custom_vjp of an op with these static arguments; ``typed`` because 1 == 1.0 == True."""
 
+    # Not the reference: under vmap JAX takes the batch dimensions of the outputs from one of primal and forward for both,
+    # and gives transposed outputs, without an error, where they differ.
     def primal(*dynamic: Any) -> Any:
-        return rule.call(rule.primal or rule.reference, dynamic, static)
+        return rule.call(rule.primal, dynamic, static) if rule.primal else _halves(rule, dynamic, static)[0]
 
     def forward(*dynamic: Any) -> tuple[Any, Saved]:
         # With symbolic_zeros every leaf arrives with a flag that tells whether it is differentiated.
@@ -305,13 +313,17 @@ def _instantiate(cotangent: Any) -> Any:
     return np.zeros(kind.shape, kind.dtype) if kind.dtype == jax.dtypes.float0 else jnp.zeros(kind.shape, kind.dtype)
 
 
-def _run_forward(
-    rule: Rule, dynamic: tuple[Any, ...], static: tuple[Any, ...], wanted: tuple[bool, ...] | None
-) -> tuple[Any, Saved]:
+def _halves(rule: Rule, dynamic: tuple[Any, ...], static: tuple[Any, ...]) -> tuple[Any, Any]:
     result = rule.call(rule.forward, dynamic, static)
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"{rule.name}: its forward must return (y, saved), got {type(result).__name__}.")
-    y, saved = result
+    return result
+
+
+def _run_forward(
+    rule: Rule, dynamic: tuple[Any, ...], static: tuple[Any, ...], wanted: tuple[bool, ...] | None
+) -> tuple[Any, Saved]:
+    y, saved = _halves(rule, dynamic, static)
     values, structure = jax.tree.flatten(saved)
     values = [jnp.asarray(v) for v in values]
     types = tuple((tuple(map(jax.typeof, leaves)), tree) for leaves, tree in map(jax.tree.flatten, dynamic))

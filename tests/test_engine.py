@@ -3,9 +3,11 @@
 Arrays hold small whole numbers, so that sums do not depend on their order and comparisons are exact.
 """
 
+import ast
 import copy
 import inspect
 import itertools
+import os
 import pickle
 import pydoc
 import statistics
@@ -22,7 +24,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as S
 
-from fbackprop import rules
+from fbackprop import context, rules
 from fbackprop.context import without_rules
 from fbackprop.rules import RULES, elementwise, rule
 
@@ -426,8 +428,8 @@ def test_a_name_that_another_module_has_taken_is_refused():
 @pytest.mark.parametrize(
     ("derivatives", "message"),
     [
-        ((), r"0 derivatives for the arguments x"),
-        ((lambda y: y, lambda y: y), r"2 derivatives for the arguments x"),
+        ((), r"0 derivatives for .*x"),
+        ((lambda y: y, lambda y: y), r"2 derivatives for .*x"),
         ((lambda z: z,), r"names \['z'\]"),
     ],
 )
@@ -1142,6 +1144,7 @@ def seconds(fn, x, calls=300):
     return time.perf_counter() - start
 
 
+@pytest.mark.skipif("JAX_CUSTOM_VJP3" in os.environ, reason="jax 0.10.2 then has no fast path for any jitted custom_vjp")
 @pytest.mark.parametrize(("ours", "theirs"), [(logistic, jax.nn.sigmoid), (power, partial(jax.nn.softmax, axis=-1))])
 def test_an_eager_call_costs_at_most_twice_that_of_jax_nn(ours, theirs):
     x = whole(8, 8)
@@ -1156,9 +1159,13 @@ def test_an_eager_call_costs_at_most_twice_that_of_jax_nn(ours, theirs):
 
 
 def test_the_engine_stays_small():
-    files = [inspect.getsourcefile(rules), inspect.getsourcefile(inspect.getmodule(without_rules))]
-    code = 0
-    for file in files:
-        with open(file) as lines:
-            code += sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
-    assert code <= 560, f"the engine has {code} lines that are neither empty nor comments"
+    """Lines that are neither empty nor comments nor docstrings."""
+    count = 0
+    for module in (rules, context):
+        source = inspect.getsource(module)
+        documented = (ast.Module, ast.FunctionDef, ast.ClassDef)
+        docstrings = [ast.get_docstring(n, clean=False) for n in ast.walk(ast.parse(source)) if isinstance(n, documented)]
+        for text in filter(None, docstrings):
+            source = source.replace(text, "")
+        count += sum(bool(line.strip(' "')) and not line.strip().startswith("#") for line in source.splitlines())
+    assert count <= 400, f"the engine has {count} lines"

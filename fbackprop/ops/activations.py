@@ -9,8 +9,8 @@
     gelu (erf)    x Φ(x)                                  Φ(x) + x φ(x)                              x
     gelu (tanh)   ½ x (1 + t), t = tanh u,                ½ (1 + t) + ½ x (1 − t²) u'                x
                   u = √(2/π) (x + 0.044715 x³)            u' = √(2/π) (1 + 3 · 0.044715 x²)
-    leaky_relu    x where x ≥ 0, else a x                 1 where x ≥ 0, else a;   ∂y/∂a = x where x < 0
-    elu           x where x > 0, else a (eˣ − 1)          1 where x > 0, else a eˣ;  ∂y/∂a = eˣ − 1 where x ≤ 0
+    leaky_relu    x where x ≥ 0, else a x                 1 where x ≥ 0, else a;   ∂y/∂a = x where x < 0       where x ≥ 0; a
+    elu           x where x > 0, else a (eˣ − 1)          1 where x > 0, else a eˣ;  ∂y/∂a = eˣ − 1 where x ≤ 0  x, a
     step_ste      1 where x > 0, else 0                   1, by decree (straight-through), not 0     nothing
 
 Φ and φ are the distribution function and the density of the standard normal distribution. Everything is computed in
@@ -21,13 +21,14 @@ Kinks, where the derivative jumps, equal JAX's choice: relu'(0) = 0, leaky_relu'
 """
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import float_type, wide
-from fbackprop.rules import elementwise
+from fbackprop.ops._arithmetic import float_type, sum_to, wide
+from fbackprop.rules import elementwise, rule
 from fbackprop.samples import normal, sample
 
 __all__ = ["elu", "gelu", "leaky_relu", "relu", "sigmoid", "silu", "softplus", "step_ste", "tanh"]
@@ -122,10 +123,30 @@ def gelu(x: ArrayLike, approximate: bool = True) -> jax.Array:
     return (x_ * share).astype(float_type(x))
 
 
-@elementwise(
-    lambda x, negative_slope: jnp.where(x >= 0, 1, negative_slope),
-    lambda x: jnp.where(x >= 0, 0, x),
+class _LeakySaved(NamedTuple):
+    open: jax.Array  # where x ≥ 0: a byte an element, all that dx needs
+    negative_slope: jax.Array
+    x: jax.Array  # for the cotangent of the slope
+
+
+def _leaky_forward(x: ArrayLike, negative_slope: ArrayLike = 1e-2) -> tuple[jax.Array, _LeakySaved]:
+    x = jnp.asarray(x)
+    return jnp.where(x >= 0, x, negative_slope * x), _LeakySaved(x >= 0, jnp.asarray(negative_slope), x)
+
+
+def _leaky_backward(saved: _LeakySaved, dy: jax.Array) -> tuple[Any, ...]:
+    dx = jnp.where(saved.open, dy, saved.negative_slope * dy)
+    dslope = jnp.where(saved.open, 0, wide(saved.x) * wide(dy))
+    pairs = ((dx, saved.x), (dslope, saved.negative_slope))
+    return tuple(sum_to(d, a.shape) if jnp.issubdtype(a.dtype, jnp.inexact) else None for d, a in pairs)
+
+
+@rule(
+    forward=_leaky_forward,
+    backward=_leaky_backward,
     samples=[sample(normal(5, 7)), sample(normal(5, 7), 0.3), sample(normal(5, 7), normal(1, 7))],
+    workloads=[sample(normal(4096, 3072), dtype=d) for d in ("float32", "bfloat16")],
+    keeps="where x ≥ 0 (a byte an element), negative_slope; x for its cotangent",
 )
 def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 1e-2) -> jax.Array:
     """relu that lets a share of the negative part through: y = x where x ≥ 0, else negative_slope · x.

@@ -10,8 +10,8 @@
     softmax CE, soft         L = Σ t (lse(z) − z), each row                dz = (p Σt − t) dL       dt = (lse − z) dL
 
 with lse(z) = log Σ exp(z) and p = softmax(z) = exp(z − lse). The difference "what was predicted minus what was wanted" is
-the first factor of every backward pass. The squared errors keep predictions and targets; the cross-entropies keep the
-logits, the labels and one number a row, lse: never a second array of the size of the logits. Sums are in float32 or wider.
+the first factor of every backward pass, and all that the squared errors keep. The cross-entropies keep the logits, the
+labels and one number a row, lse: never a second array of the size of the logits. Sums are in float32 or wider.
 """
 
 import math
@@ -39,8 +39,7 @@ __all__ = [
 
 
 class _SquaredSaved(NamedTuple):
-    predictions: jax.Array
-    targets: jax.Array
+    error: jax.Array
 
 
 def _check_pair(who: str, predictions: ArrayLike, targets: ArrayLike) -> None:
@@ -51,23 +50,22 @@ def _check_pair(who: str, predictions: ArrayLike, targets: ArrayLike) -> None:
         )
 
 
-def _squared(predictions: ArrayLike, targets: ArrayLike, factor: float) -> jax.Array:
+def _squared(predictions: ArrayLike, targets: ArrayLike, factor: float) -> tuple[jax.Array, _SquaredSaved]:
     error = wide(predictions) - wide(targets)
-    return (factor * jnp.sum(jnp.square(error))).astype(jnp.result_type(predictions, targets))
+    value = factor * jnp.sum(jnp.square(error))
+    return value.astype(jnp.result_type(predictions, targets)), _SquaredSaved(error)
 
 
 def _squared_forward(factor: Any) -> Any:
     def forward(predictions: ArrayLike, targets: ArrayLike) -> tuple[jax.Array, _SquaredSaved]:
-        value = _squared(predictions, targets, factor(predictions))
-        return value, _SquaredSaved(jnp.asarray(predictions), jnp.asarray(targets))
+        return _squared(predictions, targets, factor(predictions))
 
     return forward
 
 
 def _squared_backward(factor: Any) -> Any:
     def backward(saved: _SquaredSaved, dy: jax.Array) -> tuple[Any, ...]:
-        predictions, targets = saved
-        dpredictions = 2 * factor(predictions) * (wide(predictions) - wide(targets)) * wide(dy)
+        dpredictions = 2 * factor(saved.error) * saved.error * wide(dy)
         return dpredictions, -dpredictions
 
     return backward
@@ -88,7 +86,7 @@ def _one_over_n(predictions: ArrayLike) -> float:
 _PAIRS = {
     "samples": [sample(normal(4, 3), normal(4, 3)), sample(normal(), normal())],
     "workloads": [sample(normal(4096, 3072), normal(4096, 3072))],
-    "keeps": "predictions, targets",
+    "keeps": "predictions − targets",
 }
 
 
@@ -99,7 +97,7 @@ def sum_of_squares(predictions: ArrayLike, targets: ArrayLike) -> jax.Array:
     predictions [...], targets [...] of the same shape -> a scalar.
     """
     _check_pair("sum_of_squares", predictions, targets)
-    return _squared(predictions, targets, 1.0)
+    return _squared(predictions, targets, 1.0)[0]
 
 
 @rule(forward=_squared_forward(_half), backward=_squared_backward(_half), **_PAIRS)
@@ -109,7 +107,7 @@ def half_square(predictions: ArrayLike, targets: ArrayLike) -> jax.Array:
     predictions [...], targets [...] of the same shape -> a scalar.
     """
     _check_pair("half_square", predictions, targets)
-    return _squared(predictions, targets, 0.5)
+    return _squared(predictions, targets, 0.5)[0]
 
 
 @rule(forward=_squared_forward(_one_over_n), backward=_squared_backward(_one_over_n), **_PAIRS)
@@ -121,7 +119,7 @@ def mean_squared_error(predictions: ArrayLike, targets: ArrayLike) -> jax.Array:
     _check_pair("mean_squared_error", predictions, targets)
     if math.prod(jnp.shape(predictions)) == 0:
         raise ValueError(f"mean_squared_error: no elements to average over ({shapes(predictions=predictions)}).")
-    return _squared(predictions, targets, _one_over_n(predictions))
+    return _squared(predictions, targets, _one_over_n(predictions))[0]
 
 
 class _SigmoidSaved(NamedTuple):
