@@ -98,6 +98,9 @@ class Rule:
                 ) from None
         return tuple(bound.arguments[n] for n in self.arguments), tuple(bound.arguments[n] for n in self.static)
 
+    def __deepcopy__(self, memo: Any) -> "Rule":
+        return self  # there is one of each, by identity
+
     def call(self, fn: Callable[..., Any], dynamic: Sequence[Any], static: Sequence[Any]) -> Any:
         """Calls the reference, primal or forward with arguments as ``split`` gives them."""
         return fn(**dict(zip(self.arguments, dynamic)), **dict(zip(self.static, static)))
@@ -136,6 +139,7 @@ class Record:
 
     rule: Rule
     static: tuple[Any, ...]
+    kinds: tuple[type, ...]  # of the static values: 1 == 1.0 == True
     types: tuple[Any, ...]  # a pytree of jax.typeof for each argument, as (leaves, structure)
     ranks: tuple[int, ...]  # of the saved leaves
     precision: str | None
@@ -159,7 +163,7 @@ class Saved:
     def named(self) -> Any:
         """The record that the rule's forward made, zeros where a leaf was not needed."""
         leaves = [
-            v if v.ndim == rank else jnp.zeros(v.shape[1:], v.dtype)
+            jnp.zeros(v.shape[1:], v.dtype) if v.ndim == rank + 1 and v.shape[0] == 0 else v
             for v, rank in zip(map(jnp.asarray, self.values), self.record.ranks)
         ]
         return jax.tree.unflatten(self.structure, leaves)
@@ -248,7 +252,7 @@ def _make_op(rule: Rule) -> Op[..., Any]:
         # jit, as on the functions of jax.nn: it makes eager calls cheap, and the user context is part of its key.
         fn.__name__ = fn.__qualname__ = rule.name
         fn.__signature__ = rule.signature  # type: ignore[attr-defined]
-        compiled = jax.jit(fn, static_argnames=rule.static, inline=True)
+        compiled = jax.jit(fn, static_argnames=rule.static)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -261,7 +265,7 @@ def _make_op(rule: Rule) -> Op[..., Any]:
 
     op = functools.wraps(rule.reference)(jitted(dispatch))
     forward = jitted(halves_forward)
-    jitted_backward = jax.jit(_run_backward, inline=True)
+    jitted_backward = jax.jit(_run_backward)
 
     def backward(saved: Saved, dy: Any) -> tuple[Any, ...]:
         if not isinstance(saved, Saved) or saved.record.rule is not rule:
@@ -328,7 +332,7 @@ def _run_forward(
     values = [jnp.asarray(v) for v in values]
     types = tuple((tuple(map(jax.typeof, leaves)), tree) for leaves, tree in map(jax.tree.flatten, dynamic))
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    record = Record(rule, static, types, tuple(v.ndim for v in values), precision)
+    record = Record(rule, static, tuple(map(type, static)), types, tuple(v.ndim for v in values), precision)
     if wanted is not None and not all(w or not any(map(_inexact, leaves)) for w, (leaves, _) in zip(wanted, types)):
         needed = _needed(Saved(values, structure, record), y, wanted)
         # Keys have no zeros, and few bytes.
@@ -362,6 +366,7 @@ def _run_backward(saved: Saved, dy: Any) -> tuple[Any, ...]:
             result = rule.backward(dataclasses.replace(saved, values=values).named(), dy, **options)
         return _checked(rule, record.types, result)
 
+    dy = _shared_out(dy, saved.values)
     meshes = [t.sharding.mesh for t in leaves if _inexact(t) and t.sharding.mesh.explicit_axes]
     if not meshes:
         flat = cotangents(saved.values, dy)
@@ -402,12 +407,26 @@ def _checked(rule: Rule, types: Sequence[Any], result: Any) -> list[Any]:
         except (ValueError, TypeError) as error:
             raise TypeError(f"{who} returned a cotangent for {name} whose structure is not that of {name}: {error}") from None
         for primal, d in zip(leaves, own):
+            if d is not None and not hasattr(d, "shape") and not isinstance(d, (int, float, complex)):
+                raise TypeError(f"{who} returned a {type(d).__name__} for {name}, where an array or None is expected.")
             if d is not None and not _inexact(primal):
                 raise TypeError(f"{who} returned a cotangent for {name}, which is {primal.str_short()}; expected None.")
             if d is not None and jnp.shape(d) != primal.shape:
                 raise TypeError(f"{who} returned shape {jnp.shape(d)} for {name}, whose shape is {primal.shape}.")
             flat.append(None if d is None else jnp.asarray(d, primal.dtype))
     return flat
+
+
+def _shared_out(dy: Any, values: list[Any]) -> Any:
+    """Inside shard_map an output may be the same on all devices where others vary. Its cotangent is one for all; the
+    backward, whose cotangents are summed over the devices, gets an equal share of it on each."""
+    axes: set[Any] = set().union(*(jax.typeof(v).mat.varying for v in (*jax.tree.leaves(dy), *values)))
+
+    def share(d: Any) -> Any:
+        missing = tuple(sorted(axes - jax.typeof(d).mat.varying)) if jnp.issubdtype(d.dtype, jnp.inexact) else ()
+        return jax.lax.pcast(d / jax.lax.axis_size(missing), missing, to="varying") if missing else d
+
+    return jax.tree.map(share, dy) if axes else dy
 
 
 def _match_manual_axes(cotangent: Any, primal: Any) -> Any:
@@ -474,7 +493,7 @@ def elementwise(
                 if not jnp.issubdtype(dtype, jnp.inexact):
                     result.append(None)
                     continue
-                slope = derivative(**{n: known[n] for n in inspect.signature(derivative).parameters})
+                slope = jnp.asarray(derivative(**{n: known[n] for n in inspect.signature(derivative).parameters}))
                 # The chain rule for a function of single elements: d<argument> = dy · slope. A slope of True and False
                 # selects: 0 · inf would be NaN.
                 d = jnp.where(slope, dy, 0) if slope.dtype == bool else dy.astype(wide) * slope

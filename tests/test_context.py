@@ -214,10 +214,15 @@ def test_one_trace_for_each_mode():
 def test_the_eager_op_is_traced_once_for_each_mode():
     x = jnp.arange(11.0)
     traces.clear()
+    cube(x)
+    assert traces["forward"] <= 1
+    without_rules(cube)(x)
+    first = Counter(traces)
+    assert 2 <= first["reference"] <= 3  # with rules it checks the arguments
     for _ in range(3):
         cube(x)
         without_rules(cube)(x)
-    assert traces == {"reference": 2}
+    assert traces == first
 
 
 def test_nesting_is_harmless_and_the_mode_is_restored():

@@ -229,12 +229,14 @@ def _batch(
     return (y, *new), used.mean, rstd
 
 
-def _sum_of_outputs(cotangent: jax.Array, like: jax.Array, axis_name: Any) -> jax.Array:
-    """The cotangent of a running average, which is the same on all devices. Where JAX tracks what varies over the mesh
-    (``check_vma=True``) it is one value for all; elsewhere each device brings its own, to be summed."""
-    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
-    tracked = names <= set(jax.typeof(like).mat.varying)
-    return cotangent if tracked else jax.lax.psum(cotangent, axis_name)
+def _tied(result: Any, *parameters: ArrayLike | None) -> Any:
+    """Lets every output depend on every parameter, by a choice between equals that the compiler drops. Under vmap over some
+    of the parameters alone JAX counts the cotangent of an output that does not depend on them once for each member."""
+    for parameter in parameters:
+        if parameter is not None:
+            same = jnp.equal(parameter, parameter)
+            result = jax.tree.map(lambda v, same=same: jnp.where(same.reshape((1,) * (v.ndim - 1) + (-1,)), v, v), result)
+    return result
 
 
 def _batch_forward(
@@ -257,6 +259,8 @@ def _batch_forward(
         return jax.lax.platform_dependent(x, cpu=_cpu_statistics, default=lambda x: _batch_statistics(x, None))
 
     result, used_mean, rstd = _batch(x, scale, bias, mean, var, train, epsilon, momentum, statistics)
+    if train:
+        result = _tied(result, scale, bias, mean, var)
     return result, _BatchSaved(x, used_mean, rstd, None if scale is None else jnp.asarray(scale), Static(mean is not None))
 
 
@@ -284,7 +288,7 @@ def _batch_backward(saved: _BatchSaved, dy: Any, *, train: bool, momentum: float
     if axis_name is not None:
         n = n * jax.lax.axis_size(axis_name)
         total_dbias, total_dscale = jax.lax.psum((dbias, dscale), axis_name)
-        dnew_mean, dnew_var = (_sum_of_outputs(d, g, axis_name) for d in (dnew_mean, dnew_var))
+        dnew_mean, dnew_var = jax.lax.psum((dnew_mean, dnew_var), axis_name)
     share = 1 - momentum if averaged.value else 1.0
     # dx = k dy + (slope along x − μ) (x − μ) + offset
     slope = -k * rstd * total_dscale / n + share * 2 * dnew_var / n
