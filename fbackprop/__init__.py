@@ -15,20 +15,8 @@ from fbackprop.checking import check as check
 from fbackprop.context import without_rules as without_rules
 from fbackprop.models import from_flax as from_flax
 from fbackprop.ops import *  # noqa: F403
-from fbackprop.ops import __all__ as _ops
 from fbackprop.rules import RULES as RULES
 
 __version__ = "0.1.0"
-__all__ = [
-    "RULES",
-    "assert_correct",
-    "check",
-    "context",
-    "from_flax",
-    "layers",
-    "models",
-    "ops",
-    "rules",
-    "without_rules",
-    *_ops,
-]
+__all__ = ["RULES", "assert_correct", "check", "context", "from_flax", "layers", "models", "ops", "rules", "without_rules"]
+__all__ += ops.__all__
