@@ -229,6 +229,26 @@ def test_batch_norm_over_devices_is_batch_norm_of_the_whole(kind):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.9, 30.0])
+def test_batch_norm_of_large_arrays_keeps_the_tolerance(mean):
+    """Large arrays take another way on a CPU, raw moments while they do not cancel: near zero and far from it."""
+    x = jax.random.normal(jax.random.key(0), (8, 32, 32, 32)) + mean
+    dy, vector = jax.random.normal(jax.random.key(1), x.shape), jnp.linspace(0.5, 1.5, 32)
+
+    def gradient(fn, x, vector, dy):
+        return jax.vjp(lambda x, scale: fn(x, scale, vector, train=True)[0], x, vector)[1](dy)
+
+    ours, theirs = (jax.jit(lambda *a: gradient(fn, *a))(x, vector, dy) for fn in (fb.batch_norm, fb.batch_norm.rule.reference))
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(a, jnp.float64) for a in (x, vector, dy)]
+        truth = [np.asarray(t) for t in gradient(fb.batch_norm.rule.reference, *wide)]
+    for a, b, t in zip(ours, theirs, truth):
+        error, rival = (np.abs(np.asarray(g, np.float64) - t) for g in (a, b))
+        assert error.max() <= max(2 * rival.max(), 4 * 2**-23 * np.abs(t).max())
+        if t.size >= 4096:
+            assert np.sqrt((error**2).mean()) <= 2 * np.sqrt((rival**2).mean())
+
+
 def test_norms_stay_exact_far_from_zero():
     """E[x²] − μ² would lose everything here."""
     x = 1000 + jax.random.normal(jax.random.key(0), (64, 8))
