@@ -20,6 +20,7 @@ import optax
 from flax import linen as nn
 
 from fbackprop import layers, ops
+from fbackprop.measuring import ratio
 from fbackprop.models import from_flax, mlp
 from fbackprop.training import init_train_state, make_step
 
@@ -122,24 +123,17 @@ def measure(name: str, rounds: int, batch_size: int) -> dict[str, Any]:
         times.append((seconds[id(ours)], seconds[id(theirs)]))
     np.testing.assert_allclose(ours.losses[:2], theirs.losses[:2], rtol=1e-4)  # later, rounding has grown
     us, them = np.array(times).T
-    low, high = median_interval(us / them)
+    speed = ratio(us, them)
     return {
         "model": name,
         "batch": batch_size,
         "ours_us": 1e6 * float(np.median(us)),
         "flax_us": 1e6 * float(np.median(them)),
-        "ratio": float(np.median(us / them)),
-        "interval": [low, high],
+        "ratio": speed.median,
+        "interval": [speed.low, speed.high],
         "rounds": rounds,
         "steps_per_round": steps,
     }
-
-
-def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """A 95 % interval of the median, from the order of the values alone (binomial, normal approximation)."""
-    ordered, half = np.sort(values), 0.98 * np.sqrt(len(values))
-    low, high = int(np.floor(len(values) / 2 - half)), int(np.ceil(len(values) / 2 + half))
-    return float(ordered[max(low, 0)]), float(ordered[min(high, len(values) - 1)])
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
