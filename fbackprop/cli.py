@@ -1,9 +1,14 @@
 """The command ``fbackprop``. A subcommand is a function that adds its parser; what it runs is imported when it runs."""
 
 import argparse
+import ast
 import contextlib
 import math
+import os
+import pathlib
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -31,6 +36,46 @@ examples:
   fbackprop train measurements.csv --epochs 80 --out runs/first --resume
 
 exit codes: 0 done; 2 refused, with one sentence that says why, and nothing written; 130 interrupted.
+"""
+
+_CHECK = """\
+Compares backward passes with the gradient of their definitions in float64, and with finite differences. A function may
+err by twice what jax.grad of its definition errs by in the same dtype, or by four units in the last place.
+
+what to check:
+  layer_norm            an op of the library, on all samples of its rule:
+{ops}
+  FILE.py::NAME         a function of yours: jax.custom_vjp, or any that JAX differentiates; NAME may be Class.method
+  package.module:NAME   the same in a module that can be imported
+
+A function of yours is compared with --reference, by default with its undecorated self. Its arguments come from one
+--shape for each, in order, or from --args. --shape also puts another array in place of an op's samples.
+
+shapes:
+  4,8  scalar           normal numbers in float32, or in --dtype
+  4,8:bfloat16          in another dtype
+  4,8:positive          numbers from 0.5 to 1.5; after a dtype too: 4,8:float16:positive
+  '4:int32<10'          integers from 0 to 9; with quotes, because of the shell
+  4,8:bool              True and False
+  key                   a random key
+
+factories (--args NAME): a function in the same file, called without arguments or with the seed, that returns a tuple of
+arguments, or a dict with args (the tuple) and, as in fbackprop.check: keywords, static, reference, exact, argnums.
+"""
+
+_CHECK_END = """\
+checks:
+  quick      {quick}
+  with --full also {full}
+
+examples:
+  fbackprop check layer_norm max_pool
+  fbackprop check --all --dtype bfloat16 --json checked.json
+  fbackprop check ops.py::my_softmax --shape 4,8 --static axis=-1
+  fbackprop check ops.py::my_loss --shape 4,8 --shape '4:int32<8' --reference plain_loss --full
+  fbackprop check ops.py::attention --args make_arguments --seeds 5
+
+exit codes: 0 nothing found; 1 something is wrong; 2 refused, with one sentence that says why; 130 interrupted.
 """
 
 
@@ -76,13 +121,56 @@ def _run_train(arguments: argparse.Namespace) -> int:
     return train(Options(**{name: value for name, value in vars(arguments).items() if name not in ("run", "command")}))
 
 
-SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_train,)
+def _check(subparsers: Any) -> None:
+    parser = subparsers.add_parser("check", help="check backward passes, the library's or your own", add_help=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("targets", nargs="*", metavar="WHAT", help="an op, FILE.py::NAME or package.module:NAME")
+    add("--all", action="store_true", help="every op of the library")
+    add("--full", action="store_true", help="also other values, shapes, dtypes, transformations and 8 devices; slower")
+    add("--checks", type=_checks, metavar="A,B", help="only these checks (names below)")
+    add("--dtype", type=_dtype, default="float32", metavar="NAME", help=f"{', '.join(_FLOATS)} (default: float32)")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="decides the random arrays (default: 0)")
+    add("--seeds", type=_whole(1), default=1, metavar="N", help="so many seeds, from --seed on (default: 1)")
+    add("--shape", type=_array, action="append", default=[], metavar="SHAPE", help="one positional argument; may be repeated")
+    add("--args", metavar="NAME", help="a function in the same file that returns the arguments")
+    add("--reference", metavar="NAME", help="the definition, in the same file")
+    add("--static", type=_static, action="append", default=[], metavar="NAME=VALUE", help="an option, as a Python literal")
+    add("--inexact", action="store_true", help="it is meant to differ from the gradient (straight-through)")
+    add("--json", type=_file, metavar="FILE", help="write what was found to this file, too")
+    add("-v", "--verbose", action="store_true", help="the table of errors of what is right, too")
+    add("-h", "--help", action=_CheckHelp, nargs=0, default=argparse.SUPPRESS, help="show this message and exit")
+    parser.set_defaults(run=_run_check)
+
+
+class _CheckHelp(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from fbackprop.checking import CHECKS, THOROUGH
+        from fbackprop.checking.command import ops
+
+        def lines(names: Any, indent: int) -> str:
+            words = ", ".join(name.replace(" ", "-") for name in names)
+            return textwrap.fill(words, 120 - indent, break_on_hyphens=False).replace("\n", "\n" + " " * indent)
+
+        parser.description = _CHECK.format(ops=" " * 24 + lines(ops(), 24))
+        parser.epilog = _CHECK_END.format(quick=lines(CHECKS, 13), full=lines(THOROUGH, 19))
+        parser.print_help()
+        parser.exit()
+
+
+def _run_check(arguments: argparse.Namespace) -> int:
+    from fbackprop.checking.command import run
+
+    return run(arguments)
+
+
+SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_train, _check)
 """Each adds its parser, with the function that runs it as the default ``run``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments (by default those of the process) and returns its exit code."""
-    parser = _Parser(prog="fbackprop", description="Backpropagation by hand in JAX: train models with it.")
+    parser = _Parser(prog="fbackprop", description="Backpropagation by hand in JAX: train models, check backward passes.")
     parser.add_argument("--version", action="version", version=f"fbackprop {version('fbackprop')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for add in SUBCOMMANDS:
@@ -98,16 +186,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fbackprop: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fbackprop: interrupted before the first step.", file=sys.stderr)
+        print("fbackprop: interrupted.", file=sys.stderr)
         return 130
 
 
 def _is_refusal(error: ValueError) -> bool:
     """Whether the error is a sentence for the person who gave the command, and no fault of the program."""
+    from fbackprop.checking.command import CheckError
     from fbackprop.data import DataError
     from fbackprop.training import RunError
 
-    return isinstance(error, (DataError, RunError))
+    return isinstance(error, (CheckError, DataError, RunError))
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -131,3 +220,78 @@ def _positive(text: str) -> float:
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
+
+
+# ------------------------------------------------------------------------------------------------- the options of check
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+_INTEGERS = ("int32", "int8", "int16", "int64", "uint8", "uint16", "uint32", "uint64")
+_ARRAY = re.compile(r"(scalar|\(\)|\d+(?:,\d+)*)(?::(?!positive$|positive<)([a-z]\w*))?(:positive)?(?:<(\d+))?")
+
+
+def _known(what: str, name: str, known: Any) -> str:
+    """The name, refused where it is not known."""
+    from fbackprop.checking.command import near
+
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"there is no {what} {name!r}{near(name, known)}")
+    return name
+
+
+def _dtype(text: str) -> str:
+    return _known("dtype", text, _FLOATS)
+
+
+def _checks(text: str) -> tuple[str, ...]:
+    """Names of checks with commas between; what is a space in a name may be a hyphen."""
+    from fbackprop.checking import DEPTHS
+
+    known = {name.replace(" ", "-"): name for name in DEPTHS["full"]}
+    return tuple(known[_known("check", name.strip().replace(" ", "-"), known)] for name in text.split(","))
+
+
+def _file(text: str) -> pathlib.Path:
+    path = pathlib.Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, expected a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        why = "cannot be written to" if path.parent.is_dir() else "does not exist"
+        raise argparse.ArgumentTypeError(f"the folder {path.parent} {why}")
+    return path
+
+
+def _static(text: str) -> tuple[str, Any]:
+    """A name and a Python literal."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, such as axis=-1, got {text!r}")
+    try:
+        return name, ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        hint = f" (a string has quotes of its own: \"{name}='{value}'\")" if value.isidentifier() else ""
+        raise argparse.ArgumentTypeError(f"expected a Python literal for {name}, got {value!r}{hint}") from None
+
+
+def _array(text: str) -> tuple[Any, str | None]:
+    """How an array is drawn, and its dtype, None where it is not said."""
+    from fbackprop.samples import Spec
+
+    if text == "key":
+        return Spec("key"), None
+    match = _ARRAY.fullmatch(re.sub(r"\s*,\s*", ",", text.strip()))
+    if match is None:
+        kinds = "4,8 or scalar or 4,8:bfloat16 or 4,8:positive or '4:int32<10' or 4,8:bool or key"
+        raise argparse.ArgumentTypeError(f"expected such as {kinds}, got {text!r}")
+    shape, dtype, positive, below = tuple(map(int, re.findall(r"\d+", match[1]))), match[2], match[3], match[4]
+    _known("dtype", dtype or "float32", (*_FLOATS, *_INTEGERS, "bool"))
+    if dtype in _INTEGERS:
+        most = 2 ** min(31, int(dtype.strip("uint")) - (dtype[0] == "i")) - 1
+        if positive or not 1 <= int(below or 0) <= most:
+            raise argparse.ArgumentTypeError(f"integers are below a bound from 1 to {most}, as in '4:{dtype}<10', got {text!r}")
+        return Spec("labels", shape, high=int(below)), dtype
+    if below or (positive and dtype == "bool"):
+        suffix = f"<{below}" if below else "positive"
+        raise argparse.ArgumentTypeError(f"{suffix} is not for {dtype or 'floating-point numbers'}, in {text!r}")
+    if dtype == "bool":
+        return Spec("mask", shape, high=0.5), dtype
+    return (Spec("uniform", shape, 0.5, 1.5) if positive else Spec("normal", shape)), dtype

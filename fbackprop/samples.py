@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-__all__ = ["Sample", "Spec", "constant", "key", "labels", "mask", "normal", "positive", "probabilities",
+__all__ = ["Sample", "Spec", "constant", "impossible", "key", "labels", "mask", "normal", "positive", "probabilities",
            "sample", "uniform"]  # fmt: skip
 
 
@@ -30,6 +30,11 @@ class Spec:
     def floating(self) -> bool:
         return self.kind not in ("labels", "mask", "key")
 
+    @property
+    def _third(self) -> jax.Array:
+        """Every third element, the same in all arrays of a shape."""
+        return jnp.arange(math.prod(self.shape)).reshape(self.shape) % 3 == 2
+
     def make(self, rng: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
         # Everything is drawn in 32 bits and then cast, so that the values agree between precisions.
         match self.kind:
@@ -39,10 +44,12 @@ class Spec:
                 value = jax.random.uniform(rng, self.shape, jnp.float32, self.low, self.high)
             case "probabilities":
                 value = jax.nn.softmax(jax.random.normal(rng, self.shape, jnp.float32), axis=-1)
+            case "impossible":
+                value = jnp.where(self._third, self.high, jax.random.uniform(rng, self.shape, jnp.float32))
             case "constant":
                 value = jnp.full(self.shape, self.low, jnp.float32)
             case "labels":
-                return jax.random.randint(rng, self.shape, 0, int(self.high), jnp.int32)
+                return jax.random.randint(rng, self.shape, int(self.low), int(self.high), jnp.int32)
             case "mask":
                 return jax.random.uniform(rng, self.shape, jnp.float32) < self.high
             case "key":
@@ -77,9 +84,14 @@ def constant(value: float, *shape: int) -> Spec:
     return Spec("constant", shape, value)
 
 
-def labels(*shape: int, classes: int) -> Spec:
-    """Integers in [0, classes), ``[*shape]``."""
-    return Spec("labels", shape, high=classes)
+def impossible(value: float, *shape: int) -> Spec:
+    """Numbers in [0, 1), every third one replaced by ``value``, ``[*shape]``: logits of −inf, and labels of 0 beside them."""
+    return Spec("impossible", shape, high=value)
+
+
+def labels(*shape: int, classes: int, low: int = 0) -> Spec:
+    """Integers in [low, classes), ``[*shape]``."""
+    return Spec("labels", shape, low, classes)
 
 
 def mask(*shape: int, keep: float = 0.7) -> Spec:

@@ -31,11 +31,14 @@ def test_values_and_gradients_of_jax_nn_and_optax(name):
         if "where" in dict(sample.options) and name == "log_softmax":
             continue  # −inf where left out, so sums of it say nothing
         args, options = sample.make(3)
-        np.testing.assert_allclose(
-            getattr(fb, name)(*args, **options), TWINS[name](*args, **options), rtol=2e-5, atol=2e-6, err_msg=str(sample)
-        )
+        ours, theirs = (np.asarray(f(*args, **options)) for f in (getattr(fb, name), TWINS[name]))
+        known = np.isfinite(theirs)  # optax multiplies a label of 0 with log 0, and gives NaN; ours counts that as 0
+        assert np.isfinite(ours).all()
+        np.testing.assert_allclose(ours[known], theirs[known], rtol=2e-5, atol=2e-6, err_msg=str(sample))
         gradients = [jax.grad(lambda x: f(x, *args[1:], **options).sum())(args[0]) for f in (getattr(fb, name), TWINS[name])]
-        np.testing.assert_allclose(*gradients, rtol=2e-4, atol=2e-5, err_msg=str(sample))
+        assert np.isfinite(gradients[0]).all()
+        if known.all():
+            np.testing.assert_allclose(*gradients, rtol=2e-4, atol=2e-5, err_msg=str(sample))
 
 
 @pytest.mark.parametrize(

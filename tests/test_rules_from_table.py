@@ -19,8 +19,9 @@ import pytest
 
 import fbackprop
 from fbackprop import ops
-from fbackprop.checking import check
+from fbackprop.checking import THOROUGH, check
 from fbackprop.context import without_rules
+from fbackprop.measuring import saved_bytes
 from fbackprop.rules import RULES, Rule
 from fbackprop.samples import Spec
 
@@ -290,89 +291,19 @@ def test_the_halves_by_hand_are_the_vjp(rule, sample):
             assert (d.dtype, d.shape) == (call.floats[name].dtype, call.floats[name].shape)
 
 
-def second_values(call, sample):
-    """Other values for the arrays of the same sample."""
-    other = Call.of(call.rule, sample, "float64", seed=1).arrays
-    is_key = {n: jnp.issubdtype(v.dtype, jax.dtypes.prng_key) for n, v in other.items()}
-    return {n: jax.random.fold_in(v, 1) if is_key[n] else v for n, v in other.items()}
+@pytest.mark.parametrize(("rule", "sample"), cases(every=False))
+def test_check_is_clean_at_full_depth(rule, sample):
+    """Other values, dtypes and shapes, transformations, second order, eight devices, retraces, saved bytes."""
+    report = Call.of(rule, sample).check(checks=tuple(THOROUGH))
+    assert report.ok, f"\n{report}"
 
 
 @pytest.mark.parametrize(("rule", "sample"), cases(every=False))
-def test_jit_eager_vmap_scan_cond_and_checkpoint_agree(rule, sample):
-    """In float64. What is expected is computed by one program, called for each member of a batch."""
+def test_transformations_and_second_order_in_float64(rule, sample):
+    """Where rounding hides nothing."""
     with jax.enable_x64(True):
-        call = Call.of(rule, sample, "float64")
-        first, second = call.arrays, second_values(call, sample)
-        floats = list(call.floats)
-
-        def vjp(fn, arrays, dy):
-            own = {n: arrays[n] for n in floats}
-            y, pullback = jax.vjp(lambda f: fn({**arrays, **f}), own)
-            return y, pullback(dy)[0]
-
-        single = jax.jit(lambda arrays, dy: vjp(call, arrays, dy))
-        dy = random_like(jax.eval_shape(call, first))
-        dys = jax.tree.map(lambda a, b: jnp.stack([a, b]), dy, random_like(dy, 1))
-        expected = [single(a, jax.tree.map(lambda d: d[i], dys)) for i, a in enumerate((first, second))]
-        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second)
-
-        def stacked(names, results):
-            """Over a batch values are stacked; cotangents of what all members share are summed."""
-            y = jax.tree.map(lambda a, b: jnp.stack([a, b]), *(r[0] for r in results))
-            d = {n: jnp.stack([r[1][n] for r in results]) if n in names else sum(r[1][n] for r in results) for n in floats}
-            return y, d
-
-        def mapped(names, axis=0):
-            axes = {n: axis if n in names else None for n in first}
-            batch = {n: jnp.moveaxis(both[n], 0, axis) if n in names else first[n] for n in first}
-            y, d = vjp(jax.vmap(call, in_axes=(axes,)), batch, dys)
-            return y, {n: jnp.moveaxis(v, axis, 0) if n in names else v for n, v in d.items()}
-
-        def scanned():
-            return vjp(lambda arrays: jax.lax.scan(lambda c, a: (c, call(a)), 0.0, arrays)[1], both, dys)
-
-        def branched(flag):
-            zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-            return vjp(lambda a: jax.lax.cond(flag, call, lambda a: zeros(call(a)), a), first, dy)
-
-        @jax.jit
-        def everything(flag):
-            results = {f"vmap over {n} alone": mapped([n]) for n in first}
-            results["vmap over all"] = mapped(list(first), axis=-1)
-            results |= {"scan": scanned(), "cond": branched(flag), "checkpoint": vjp(jax.checkpoint(call), first, dy)}
-            return results
-
-        results = everything(True)
-        for n in first:
-            alone = [expected[0], single({**first, n: second[n]}, jax.tree.map(lambda d: d[1], dys))]
-            close(
-                results.pop(f"vmap over {n} alone"), stacked([n], [single(first, jax.tree.map(lambda d: d[0], dys)), alone[1]])
-            )
-        for name in ("vmap over all", "scan"):
-            close(results.pop(name), stacked(floats, expected))
-        for name in ("cond", "checkpoint"):
-            close(results.pop(name), expected[0])
-        assert not results
-        close(vjp(call, first, dy), expected[0])  # eager
-
-
-@pytest.mark.parametrize(("rule", "sample"), cases(every=False))
-def test_second_order_is_that_of_the_twin(rule, sample):
-    """Reverse over reverse in float64, with respect to the arguments and to the cotangent of y."""
-    if not rule.exact:
-        pytest.skip("an inexact backward has another derivative than the twin")
-    with jax.enable_x64(True):
-        call = Call.of(rule, sample, "float64")
-        dy = random_like(jax.eval_shape(call, call.arrays))
-        weights = random_like(call.floats, 2)
-
-        def inner(floats, dy):
-            cotangents = jax.vjp(lambda f: call(f), floats)[1](dy)[0]
-            return sum((w * d).sum() for w, d in zip(jax.tree.leaves(weights), jax.tree.leaves(cotangents)))
-
-        grad = jax.grad(inner, (0, 1))
-        ours, theirs = jax.jit(lambda f, d: (grad(f, d), without_rules(grad)(f, d)))(call.floats, dy)
-    close(ours, theirs)
+        report = Call.of(rule, sample, "float64").check(checks=("transformations", "second order"))
+    assert report.ok, f"\n{report}"
 
 
 @pytest.mark.parametrize(("rule", "sample"), cases(every=False))
@@ -396,26 +327,21 @@ def test_it_lowers_for_cpu_cuda_and_tpu(rule, sample):
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def saved_bytes(call, wanted, op=None):
-    """What is kept for the backward with respect to the wanted arguments, arguments included, each array once."""
-    frozen = {n: v for n, v in call.arrays.items() if n not in wanted}
-
-    def pullback(floats, frozen):
-        return jax.vjp(lambda f: call({**frozen, **f}, op), floats)[1]
-
-    kept = jax.eval_shape(pullback, {n: call.floats[n] for n in wanted}, frozen)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rule", "sample"), cases())
 def test_it_keeps_no_more_than_autodiff_and_less_for_fewer_arguments(rule, sample, dtype):
     call = Call.of(rule, sample, dtype)
-    ours, theirs = saved_bytes(call, call.floats), saved_bytes(call, call.floats, without_rules(rule.op))
-    assert ours <= theirs, f"keeps {ours} bytes, jax.grad {theirs}"
+    report = call.check(checks=["saved bytes"])
+    assert report.ok, f"\n{report}"
+
+    def kept_for(*wanted):
+        frozen = {n: v for n, v in call.arrays.items() if n not in wanted}
+        values = [call.floats[n] for n in wanted]
+        return saved_bytes(lambda *moved: call({**frozen, **dict(zip(wanted, moved))}), *values)
+
     for name in call.floats:
-        alone = saved_bytes(call, [name])
-        assert alone <= ours, f"{name} alone keeps {alone} bytes, all arguments together {ours}"
+        alone, together = kept_for(name), kept_for(*call.floats)
+        assert alone <= together, f"{name} alone keeps {alone} bytes, all arguments together {together}"
 
 
 # --------------------------------------------------------------------------------------------------------- the twin

@@ -8,9 +8,11 @@ reference in float64 are a second oracle, which owes nothing to autodiff. The to
 cotangent may err by twice what ``jax.grad`` of the reference errs by in the same dtype, or by four units in
 the last place of the largest element (``checks.py``).
 
-subject.py says what is compared with what, programs.py runs it, checks.py judges, report.py tells.
+subject.py says what is compared with what, definition.py opens and widens the reference, programs.py runs both,
+checks.py and thorough.py judge, report.py tells.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +20,12 @@ from fbackprop.checking.checks import CHECKS, judge
 from fbackprop.checking.programs import gather
 from fbackprop.checking.report import Finding, LeafError, Report
 from fbackprop.checking.subject import subject_of
+from fbackprop.checking.thorough import THOROUGH, Examination
 
-__all__ = ["CHECKS", "Finding", "LeafError", "Report", "assert_correct", "check"]
+__all__ = ["CHECKS", "DEPTHS", "THOROUGH", "Finding", "LeafError", "Report", "assert_correct", "check"]
+
+DEPTHS = {"quick": tuple(CHECKS), "full": (*CHECKS, *THOROUGH)}
+"""The names of the checks of each depth."""
 
 
 def check(
@@ -28,7 +34,9 @@ def check(
     reference: Callable[..., Any] | None = None,
     static: Mapping[str, Any] | None = None,
     keywords: Mapping[str, Any] | None = None,
+    argnums: int | Sequence[int] | None = None,
     checks: Sequence[str] | None = None,
+    depth: str = "quick",
     exact: bool | None = None,
     seed: int = 0,
 ) -> Report:
@@ -42,7 +50,9 @@ def check(
         of a ``jax.custom_vjp``, and otherwise ``without_rules(fn)``.
       static: options passed by keyword as they are.
       keywords: arguments passed by keyword and treated like ``args``.
-      checks: names of the checks to run, all of ``CHECKS`` by default.
+      argnums: positions of the arguments to differentiate, as in ``jax.grad``; by default all that are floating-point.
+      checks: names of the checks to run, of either depth; by default all of the depth.
+      depth: ``"quick"``, at most six compiled programs, or ``"full"``: other values, shapes, dtypes and transformations too.
       exact: False for a backward that is meant to differ from the gradient; by default what the rule of an op says. Then
         nothing is compared with the gradient of the reference.
       seed: of the random cotangents and directions.
@@ -52,9 +62,13 @@ def check(
       ValueError: there is no check of such a name, or nothing to differentiate.
       TypeError: ``fn`` is not a function, or the arguments are not what JAX can differentiate.
     """
-    names = _chosen(checks)
-    subject = subject_of(fn, args, dict(keywords or {}), dict(static or {}), reference, exact)
-    return judge(gather(subject, names, seed), names)
+    names = _chosen(checks, depth)
+    subject = subject_of(fn, args, dict(keywords or {}), dict(static or {}), reference, exact, argnums)
+    evidence = gather(subject, names, seed)
+    report = judge(evidence, names)
+    examination = Examination(subject, evidence, seed)
+    further = [f for name in THOROUGH if name in names for f in THOROUGH[name](examination)]
+    return dataclasses.replace(report, findings=(*report.findings, *further), notes=(*report.notes, *examination.notes))
 
 
 def assert_correct(fn: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -67,10 +81,13 @@ def assert_correct(fn: Callable[..., Any], *args: Any, **options: Any) -> None:
         raise AssertionError(f"\n{report}")
 
 
-def _chosen(checks: Sequence[str] | None) -> tuple[str, ...]:
+def _chosen(checks: Sequence[str] | None, depth: str) -> tuple[str, ...]:
+    if depth not in DEPTHS:
+        raise ValueError(f"check: there is no depth {depth!r}; there are {' and '.join(map(repr, DEPTHS))}.")
     if checks is None:
-        return tuple(CHECKS)
+        return DEPTHS[depth]
     names = (checks,) if isinstance(checks, str) else tuple(checks)
-    if unknown := [name for name in names if name not in CHECKS]:
-        raise ValueError(f"check: there is no check {', '.join(map(repr, unknown))}; there are {', '.join(CHECKS)}.")
+    known = DEPTHS["full"]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"check: there is no check {', '.join(map(repr, unknown))}; there are {', '.join(known)}.")
     return names

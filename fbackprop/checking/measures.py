@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["eps_of", "largest", "likely", "representable", "smallest", "tolerance_of", "worst_of"]
+__all__ = ["eps_of", "largest", "representable", "smallest", "tolerance_of", "worst_of"]
 
 
 def eps_of(dtype: Any) -> float:
@@ -51,21 +51,3 @@ def worst_of(ours: np.ndarray, truth: np.ndarray, dtype: Any) -> tuple[float, tu
         return 0.0, None
     index = np.unravel_index(int(error.argmax()), error.shape)
     return float(error[index]), tuple(map(int, index))
-
-
-def likely(ours: np.ndarray, truth: np.ndarray) -> str:
-    """What the whole leaf looks like, where it looks like something."""
-    if truth.size < 2 or not (np.isfinite(truth).all() and np.isfinite(ours).all() and (truth * truth).sum() > 0):
-        return ""
-    with np.errstate(all="ignore"):
-        factor = float((ours * truth).sum() / (truth * truth).sum())
-        rest, shift = ours - factor * truth, float((ours - truth).mean())
-        size = largest(truth)
-        if not ours.any():
-            return " It is zero everywhere."
-        if largest(rest) < 1e-2 * abs(factor - 1) * size:
-            return f" Every element is {factor:.4g} times the truth."
-        if abs(shift) > 0 and largest(ours - truth - shift) < 1e-2 * abs(shift):
-            return f" Every element is {shift:.4g} more than the truth."
-        wrong = np.abs(ours - truth) > 1e-2 * np.abs(ours - truth).max()
-        return f" {int(wrong.sum())} of {wrong.size} elements are off."

@@ -4,29 +4,35 @@ of the function    forward: its value without and with differentiation, and the 
                    backward: the pullback at one cotangent, called for each of them
                    alone: the gradient with respect to each argument on its own
 of the reference   gradients: value, and the pullback at every cotangent, in the dtype of the function
-                   gradients: the same in float64: the truth
+                   truth: the same in float64
                    moved: the value in float64 at points around the arguments, for finite differences
+
+A reference that JAX cannot differentiate (a while loop, a callback) has finite differences as its truth.
 """
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fbackprop.checking.definition import Definition, definition_of
 from fbackprop.checking.subject import Call, Subject
 
-__all__ = ["Differences", "Evidence", "gather"]
+__all__ = ["Differences", "Evidence", "cotangents_of_integers", "first_line", "float64_on_cpu", "gather"]
 
 POOL = 4096  # elements that the root mean square is taken over, at least
 ONE_HOTS = 6  # for each output
 DIRECTIONS = 2  # of finite differences, for each argument and for all together
 STEP = 2.0**-16  # of finite differences, relative to the arguments
 OFFSETS = (0.0, STEP, -STEP, STEP / 2, -STEP / 2)
+NUDGES = 4
+NUMBERS = 2**24  # that a truth by finite differences may take at most
 
 Arrays = list[np.ndarray]
 
@@ -53,6 +59,8 @@ class Evidence:
     """Everything as numpy arrays in float64. Cotangents are lists over leaves of arrays [cotangent of y, *shape]."""
 
     subject: Subject
+    definition: Definition  # of the reference
+    dys: list[list[np.ndarray]]  # cotangents of y, by row, then by output
     kinds: tuple[str, ...]  # of each cotangent of y: "normal", "one-hot", "zero", "a", "b", "a + b"
     ours: Arrays
     again: Arrays  # of the first cotangent, a second time
@@ -65,39 +73,62 @@ class Evidence:
     value_types: tuple[Any, ...]
     value_slack: list[float] | None
     differences: tuple[Differences, ...]
-    narrows: bool  # finite differences disagree, and the reference rounds to less than float64 inside
+    narrow: tuple[str, ...]  # what in the reference could not be computed in float64
+    undifferentiable: str  # why JAX cannot differentiate the reference; then the truth is finite differences
+    nudged: Callable[[], list[tuple[Arrays, Arrays]]]
+    """jax.grad of the reference and the truth, at arguments that differ in the last place: what it errs by hereabouts."""
     failure: str = ""
 
 
-def gather(subject: Subject, checks: Sequence[str], seed: int) -> Evidence:
-    """Runs the programs that the chosen checks need."""
+def gather(
+    subject: Subject, checks: Sequence[str], seed: int, cotangents: tuple[tuple[str, ...], Arrays] | None = None
+) -> Evidence:
+    """Runs the programs that the chosen checks need, at random cotangents of y or at the given (kinds, stacked values)."""
     call, floats, arrays = subject.call, subject.floats, subject.arrays
-    of_reference = _kept(_reference_programs, subject.reference, call)
-    outputs, _ = jax.eval_shape(call.bind(subject.reference), floats, arrays)
+    of_reference = _kept(_reference_programs, subject.reference, call, *_signature(floats, arrays))
+    definition: Definition = of_reference["definition"]
+    outputs = definition.program.out_avals[: definition.floats]
     if not outputs:
         raise ValueError(f"check: {subject.name} returns no floating-point array, so there is nothing to differentiate.")
     rng = np.random.default_rng(seed)
-    kinds, dys = _cotangents(rng, outputs, max(leaf.size for leaf in floats))
+    kinds, dys = cotangents or _cotangents(rng, outputs, max(leaf.size for leaf in floats))
 
-    with _float64():
+    with float64_on_cpu():
         wide = [_widened(leaf) for leaf in floats]
         constant = [_moved_to_cpu(leaf) for leaf in arrays]
         differences, extra = _differences(rng, subject, of_reference, wide, constant, dys, "finite differences" in checks)
         wide_dys = [np.concatenate([np.asarray(dy, np.float64), e]) for dy, e in zip(dys, extra)]
-        y, _, gradients = of_reference["gradients"](wide, constant, wide_dys)
-        true_values, truth = _numpy(y), _numpy(gradients)
+    undifferentiable = ""
+    try:
+        with float64_on_cpu():
+            y, _, gradients = of_reference["truth"](wide, constant, wide_dys)
+            true_values, truth = _numpy(y), _numpy(gradients)
+            if not subject.judged_at_kinks:
+                truth = _smooth(rng, of_reference, wide, constant, wide_dys, truth)
+        reference_y, reference_others, theirs = of_reference["gradients"](floats, arrays, dys)
+        theirs = _numpy(theirs)
+        slack, value_slack = _slack_of_float64(subject, constant, wide_dys, len(kinds))
         differences = tuple(d(truth, len(kinds) + i) for i, d in enumerate(differences))
-        narrows = not all(d.agree for d in differences) and _narrows(
-            jax.make_jaxpr(call.bind(subject.reference))(wide, constant).jaxpr
-        )
+    except Exception as error:  # whatever keeps JAX from differentiating a stranger's function
+        undifferentiable = first_line(error)
+        reference_y, reference_others = of_reference["value"](floats, arrays)
+        with float64_on_cpu():
+            true_values, truth = _by_differences(subject, of_reference, wide, constant, wide_dys, undifferentiable)
+        theirs = [t[: len(kinds)] * (1 + _relative(_numpy(reference_y), true_values)) for t in truth]
+        slack, value_slack, differences = None, None, ()
     truth = [leaf[: len(kinds)] for leaf in truth]
 
-    reference_y, reference_others, theirs = of_reference["gradients"](floats, arrays, dys)
-    slack, value_slack = _slack_of_float64(subject, of_reference, constant, wide_dys, len(kinds))
+    @functools.cache
+    def nudged() -> list[tuple[Arrays, Arrays]]:
+        return [] if undifferentiable else [_nudged(rng, of_reference, floats, arrays, constant, dys) for _ in range(NUDGES)]
+
     values = {"reference": (_numpy(reference_y), list(reference_others)), "truth": (true_values, [])}
     common: dict[str, Any] = {
-        "subject": subject, "kinds": kinds, "theirs": _numpy(theirs), "truth": truth, "slack": slack, "values": values,
-        "value_types": tuple(outputs), "value_slack": value_slack, "differences": differences, "narrows": narrows,
+        "subject": subject, "definition": definition, "kinds": kinds, "theirs": theirs, "truth": truth,
+        "dys": [[dy[k] for dy in dys] for k in range(len(kinds))], "slack": slack, "values": values,
+        "value_types": tuple(outputs), "value_slack": value_slack, "differences": differences,
+        "narrow": tuple(sorted(definition.narrow)), "undifferentiable": undifferentiable,
+        "nudged": nudged,
     }  # fmt: skip
     try:
         of_fn = _kept(_subject_programs, subject.fn, call, subject.groups, *subject.halves)
@@ -115,7 +146,7 @@ def gather(subject: Subject, checks: Sequence[str], seed: int) -> Evidence:
             again=empty,
             alone=None,
             types=(),
-            failure=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            failure=first_line(error),
             **common,
         )
     values |= {
@@ -161,27 +192,76 @@ def _subject_programs(fn: Callable[..., Any], call: Call, groups: tuple[int, ...
     }
 
 
-def _reference_programs(reference: Callable[..., Any], call: Call) -> dict[str, Callable[..., Any]]:
-    flat = call.bind(reference)
+def cotangents_of_integers(subject: Subject) -> Iterator[tuple[str, str]]:
+    """Names and troubles of integer arguments. JAX looks at neither: a wrong order of cotangents passes in silence."""
+    rule = subject.custom
+    if not isinstance(rule, jax.custom_vjp) or rule.nondiff_argnums or rule.symbolic_zeros:
+        return
+    args, keywords = subject.call.arguments(subject.floats, subject.arrays)
+    try:
+        args = inspect.signature(rule.fun).bind(*args, **keywords).args
+        y, saved = rule.fwd(*args)
+        one = jax.tree.map(
+            lambda leaf: jnp.ones_like(leaf) if _is_floating(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0), y
+        )
+        cotangents = rule.bwd(saved, one)
+    except Exception:  # the check "runs" tells of it
+        return
+    labels = [p.name for p in inspect.signature(rule.fun).parameters.values()]
+    for i, (arg, cotangent) in enumerate(zip(args, cotangents)):
+        leaves = jax.tree.leaves(arg)
+        if not leaves or any(map(_is_floating, leaves)):
+            continue
+        for leaf in jax.tree.leaves(cotangent):
+            if _is_floating(leaf) and np.any(np.asarray(leaf) != 0):
+                yield (
+                    labels[i] if i < len(labels) else f"args[{i}]",
+                    f"it is no floating-point array, but the backward returns {leaf.dtype}{list(leaf.shape)} for it, which JAX "
+                    "drops without a word; return None, and look whether the cotangents stand in the order of the arguments.",
+                )
 
-    def gradients(floats: Any, arrays: Any, dys: Any) -> tuple[Any, Any, Any]:
-        y, pullback, others = jax.vjp(lambda f: flat(f, arrays), list(floats), has_aux=True)
+
+def _is_floating(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def _reference_programs(reference: Callable[..., Any], call: Call, floats: Any, arrays: Any, _: bool) -> dict[str, Any]:
+    definition = definition_of(call.bind(reference), *(_structs(types) for types in (floats, arrays)))
+
+    def gradients(run: Any, floats: Any, arrays: Any, dys: Any) -> tuple[Any, Any, Any]:
+        y, pullback, others = jax.vjp(lambda f: run(f, arrays), list(floats), has_aux=True)
         return y, others, jax.lax.map(lambda dy: pullback(dy)[0], dys)
 
     def moved(floats: Any, arrays: Any, directions: Any, offsets: Any) -> Any:
         def at(item: Any) -> Any:
             direction, offset = item
-            return flat([leaf + offset * d for leaf, d in zip(floats, direction)], arrays)[0]
+            return definition.widened([leaf + offset * d for leaf, d in zip(floats, direction)], arrays)[0]
 
         return jax.lax.map(at, (directions, offsets))
 
-    return {"gradients": jax.jit(gradients), "moved": jax.jit(moved)}
+    return {
+        "definition": definition,
+        "gradients": jax.jit(functools.partial(gradients, definition.opened)),
+        "truth": jax.jit(functools.partial(gradients, definition.widened)),
+        "moved": jax.jit(moved),
+        "value": jax.jit(definition.flat),
+    }
 
 
-_keep = functools.lru_cache(maxsize=256)(lambda make, *key: make(*key))
+def _signature(floats: Sequence[Any], arrays: Sequence[Any]) -> tuple[Any, Any, bool]:
+    """What a definition is traced for."""
+    types = [tuple((a.shape, a.dtype, bool(getattr(a, "weak_type", False))) for a in part) for part in (floats, arrays)]
+    return types[0], types[1], bool(jax.config.jax_enable_x64)
 
 
-def _kept(make: Callable[..., dict[str, Callable[..., Any]]], *key: Any) -> dict[str, Callable[..., Any]]:
+def _structs(types: Any) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types]
+
+
+_keep = functools.lru_cache(maxsize=64)(lambda make, *key: make(*key))
+
+
+def _kept(make: Callable[..., dict[str, Any]], *key: Any) -> dict[str, Any]:
     """Programs are kept by what they were made from, so that other values of the arguments compile nothing."""
     try:
         hash(key)
@@ -221,8 +301,7 @@ def _differences(
         return (), [np.zeros((0, *dy.shape[1:])) for dy in dys]
     groups = [*subject.arguments, *([None] if len(subject.arguments) > 1 else [])]
     parts = [g for g in groups for _ in range(DIRECTIONS)]
-    scales = [float(np.sqrt(np.mean(np.square(leaf)))) if leaf.size else 0.0 for leaf in wide]
-    scales = [s if np.isfinite(s) and s > 0 else 1.0 for s in scales]
+    scales = [_typical(leaf) for leaf in wide]
     directions = [
         np.stack([rng.normal(size=w.shape) * s * (p is None or p == g) for p in parts])
         for w, s, g in zip(wide, scales, subject.groups)
@@ -233,26 +312,37 @@ def _differences(
     compare, masked = [], []
     for i, part in enumerate(parts):
         where = "all arguments" if part is None else _argument(subject, part)
-        slopes, smooth = zip(*(_slopes(v[i]) for v in values))
+        slopes, smooth, truncated = zip(*(_slopes(v[i]) for v in values))
         masked.append([np.where(s, np.asarray(dy[i % 2], np.float64), 0.0) for s, dy in zip(smooth, dys)])
 
         def one(
-            truth: Arrays, index: int, i: int = i, slopes: Any = slopes, smooth: Any = smooth, where: str = where
+            truth: Arrays,
+            index: int,
+            i: int = i,
+            slopes: Any = slopes,
+            smooth: Any = smooth,
+            where: str = where,
+            truncated: Any = truncated,
         ) -> Differences:
             terms = [m * np.where(s, slope, 0.0) for m, s, slope in zip(masked[i], smooth, slopes)]
             measured = sum(float(t.sum()) for t in terms)
             true = sum(float((t[index] * d[i]).sum()) for t, d in zip(truth, directions))
             size = sum(float(np.abs(t).sum()) for t in terms)
             rounding = sum(float((np.abs(m) * _largest(v[i])).sum()) for m, v in zip(masked[i], values)) * 2.0**-52 / STEP
+            # What the next term of the series is worth: all there is where the slope itself is zero.
+            beyond = sum(float((np.abs(m) * np.where(s, t, 0.0)).sum()) for m, s, t in zip(masked[i], smooth, truncated))
             kinks = sum(int((~s).sum()) for s in smooth)
-            return Differences(where, measured, true, 1e-5 * size + 64 * rounding, kinks, sum(s.size for s in smooth))
+            return Differences(
+                where, measured, true, 1e-5 * size + 64 * rounding + 4 * beyond, kinks, sum(s.size for s in smooth)
+            )
 
         compare.append(one)
     return tuple(compare), [np.stack([m[i] for m in masked]) for i in range(len(dys))]
 
 
-def _slopes(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Central differences at the smaller step, and where y is smooth: both steps agree, and so do both sides."""
+def _slopes(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Central differences at the smaller step; where y is smooth: both steps agree, and so do both sides; and by how much
+    the steps differ."""
     with np.errstate(all="ignore"):
         middle, right, left, near_right, near_left = y
         far, near = (right - left) / (2 * STEP), (near_right - near_left) / STEP
@@ -261,20 +351,7 @@ def _slopes(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scale = np.abs(near).max(initial=0.0, where=np.isfinite(near)) + 2.0**-52 / STEP * 64 * _largest(y)
         agree = np.abs(far - near) <= 1e-5 * scale
         sides = (near_bend <= 1e-6 * scale) | ((near_bend >= 0.4 * bend) & (near_bend <= 0.6 * bend))
-        return near, agree & sides & np.isfinite(near)
-
-
-def _narrows(jaxpr: Any) -> bool:
-    """Whether a program casts float64 to something narrower."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "convert_element_type" and equation.invars[0].aval.dtype == jnp.float64:
-            new = equation.params["new_dtype"]
-            if jnp.issubdtype(new, jnp.floating) and jnp.finfo(new).bits < 64:
-                return True
-        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns"))
-        if any(_narrows(getattr(p, "jaxpr", p)) for p in inner if hasattr(getattr(p, "jaxpr", p), "eqns")):
-            return True
-    return False
+        return near, agree & sides & np.isfinite(near), np.abs(far - near)
 
 
 def _argument(subject: Subject, group: int) -> str:
@@ -285,30 +362,99 @@ def _largest(array: np.ndarray) -> float:
     return float(np.abs(array).max(initial=0.0, where=np.isfinite(array)))
 
 
-def _slack_of_float64(
-    subject: Subject, programs: Any, arrays: Any, wide_dys: Arrays, count: int
-) -> tuple[Arrays | None, list[float] | None]:
+def _slack_of_float64(subject: Subject, arrays: Any, wide_dys: Arrays, count: int) -> tuple[Arrays | None, list[float] | None]:
     """In float64 the truth is rounded like what is checked. What rounding costs there is measured in float32, where the
     truth is known, and scaled by the ratio of the two precisions."""
     if all(leaf.dtype != jnp.float64 for leaf in subject.floats):
         return None, None
-    with _float64():
+    with float64_on_cpu():
         narrow = [np.asarray(leaf, np.float32) for leaf in subject.floats]
+        programs = _kept(_reference_programs, subject.reference, subject.call, *_signature(narrow, arrays))
+        outputs = programs["definition"].program.out_avals
         dys = [dy.astype(np.float32) for dy in wide_dys]
-        y, _, rounded = programs["gradients"](narrow, arrays, dys)
+        y, _, rounded = programs["gradients"](narrow, arrays, [dy.astype(o.dtype) for dy, o in zip(dys, outputs)])
         wide = [np.asarray(leaf, np.float64) for leaf in narrow]
-        true_y, _, true = programs["gradients"](wide, arrays, [dy.astype(np.float64) for dy in dys])
+        true_y, _, true = programs["truth"](wide, arrays, [dy.astype(np.float64) for dy in dys])
     ratio = 2.0**-29
     with np.errstate(all="ignore"):
         slack = [np.abs(a - b)[:count] * ratio for a, b in zip(_numpy(rounded), _numpy(true))]
         return slack, [_largest(a - b) * ratio for a, b in zip(_numpy(y), _numpy(true_y))]
 
 
+def _smooth(rng: np.random.Generator, programs: Any, wide: Arrays, arrays: Any, dys: Arrays, truth: Arrays) -> Arrays:
+    """The truth without the elements that jump within a step of the arguments: there it depends on the definition's words."""
+    scales = [_typical(w) * STEP for w in wide]
+    step = [rng.choice([-1.0, 1.0], size=w.shape) * s for w, s in zip(wide, scales)]
+    near = [programs["truth"]([w + sign * d for w, d in zip(wide, step)], arrays, dys)[2] for sign in (1, -1)]
+    right, left = (_numpy(gradient) for gradient in near)
+    with np.errstate(all="ignore"):
+        jumps = [~(np.abs(a - b) <= 1e-3 * _largest(np.stack([a, b]))).all(0) for a, b in zip(right, left)]
+    return [np.where(jump, np.nan, t) for jump, t in zip(jumps, truth)]
+
+
+def _nudged(
+    rng: np.random.Generator, programs: Any, floats: Sequence[Any], arrays: Any, on_cpu: Any, dys: Arrays
+) -> tuple[Arrays, Arrays]:
+    """With the arguments changed by the unit in the last place, each element up, down or not."""
+    moved = []
+    for leaf in floats:
+        value = np.asarray(leaf, np.float64)
+        step = float(jnp.finfo(leaf.dtype).eps) * rng.integers(-1, 2, size=value.shape)
+        moved.append(jnp.asarray(value * (1 + step), leaf.dtype))
+    theirs = _numpy(programs["gradients"](moved, arrays, dys)[2])
+    with float64_on_cpu():
+        wide_dys = [np.asarray(dy, np.float64) for dy in dys]
+        truth = _numpy(programs["truth"]([_widened(leaf) for leaf in moved], on_cpu, wide_dys)[2])
+    return theirs, truth
+
+
+def _by_differences(subject: Subject, programs: Any, wide: Arrays, arrays: Any, dys: Arrays, why: str) -> tuple[Arrays, Arrays]:
+    """Values and cotangents of a reference that JAX cannot differentiate: each element of the arguments is moved."""
+    values = _numpy(programs["moved"](wide, arrays, [np.zeros((1, *w.shape)) for w in wide], np.zeros(1)))
+    count, size = sum(w.size for w in wide), sum(v.size for v in values)
+    if count * len(OFFSETS) * size > NUMBERS:
+        raise ValueError(
+            f"check: JAX cannot differentiate the reference of {subject.name} ({why}), and its {count} arguments and {size} "
+            f"results are too many for finite differences; give smaller arrays, or a reference that can be differentiated."
+        )
+    directions, first = [], 0
+    for w in wide:
+        one = np.zeros((count, w.size))
+        one[first : first + w.size] = np.eye(w.size) * _typical(w)
+        directions.append(np.repeat(one.reshape(count, *w.shape), len(OFFSETS), axis=0))
+        first += w.size
+    moved = programs["moved"](wide, arrays, directions, np.tile(OFFSETS, count))
+    rows = len(dys[0])
+    total = np.zeros((rows, count))
+    for dy, points in zip(dys, _numpy(moved)):
+        points = points.reshape(count, len(OFFSETS), -1)
+        for i in range(count):
+            slope, smooth, _ = _slopes(points[i])
+            total[:, i] += np.where((dy.reshape(rows, -1) != 0) & ~smooth, np.nan, dy.reshape(rows, -1) * slope).sum(1)
+    ends = np.cumsum([w.size for w in wide])
+    truth = [part.reshape(rows, *w.shape) / _typical(w) for part, w in zip(np.split(total, ends[:-1], axis=1), wide)]
+    return [v[0] for v in values], truth
+
+
+def _relative(values: Arrays, truth: Arrays) -> float:
+    """What the value errs by, relative to its largest element: all that is known of the precision of a foreign program."""
+    with np.errstate(all="ignore"):
+        return max((_largest(v - t) / (_largest(t) or 1.0) for v, t in zip(values, truth)), default=0.0)
+
+
+def _typical(array: np.ndarray) -> float:
+    """The root mean square, or 1 where that says nothing."""
+    with np.errstate(all="ignore"):
+        size = float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0
+    return size if np.isfinite(size) and size > 0 else 1.0
+
+
 # ------------------------------------------------------------------------------------------------------------ arrays
 
 
 @contextlib.contextmanager
-def _float64() -> Any:
+def float64_on_cpu() -> Any:
+    """Where the truth is computed, whatever the device of what is checked."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         yield
 
@@ -327,6 +473,10 @@ def _numpy(leaves: Sequence[Any]) -> Arrays:
 
 def _types(leaves: Sequence[Any]) -> list[Any]:
     return [(tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves]
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _told(leaves: Sequence[Any]) -> str:

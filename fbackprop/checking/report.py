@@ -27,9 +27,11 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class LeafError:
-    """The worst error of one cotangent over all elements and cotangents of y, and that of ``jax.grad`` of the reference.
+    """The worst error of one cotangent over all elements and cotangents of y.
 
-    Relative to the largest element of the true cotangent; ``ulps`` in units of the last place of that.
+    relative: against the float64 truth, by its largest element. ulps: the same in units of the last place of that element.
+    reference_ulps: what ``jax.grad`` of the reference errs by, against the truth. apart_ulps: how far the cotangent is from
+    that of ``jax.grad`` of the reference. index: of the worst element.
     """
 
     where: str
@@ -38,6 +40,7 @@ class LeafError:
     relative: float
     ulps: float
     reference_ulps: float
+    apart_ulps: float
     index: tuple[int, ...] | None
 
 
@@ -60,7 +63,9 @@ class Report:
         verdict = "ok" if self.ok else f"{len(self.findings)} findings"
         lines = [f"check of {self.name} against {self.reference}: {verdict}"]
         if self.errors:
-            rows: list[tuple[Any, ...]] = [("cotangent of", "dtype", "shape", "worst error", "in ulps", "jax.grad's", "at")]
+            rows: list[tuple[Any, ...]] = [
+                ("cotangent of", "dtype", "shape", "worst error", "in ulps", "jax.grad's", "from jax.grad", "at")
+            ]
             rows += [
                 (
                     e.where,
@@ -69,6 +74,7 @@ class Report:
                     f"{e.relative:.1e}",
                     f"{e.ulps:.3g}",
                     f"{e.reference_ulps:.3g}",
+                    f"{e.apart_ulps:.3g}",
                     e.index or "",
                 )
                 for e in self.errors

@@ -31,9 +31,8 @@ class Call:
         """``fn`` as a function of (differentiated leaves, other arrays), with (floating-point, other) outputs."""
 
         def flat(floats: Sequence[Any], arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-            sources = {"float": iter(floats), "array": iter(arrays), "constant": iter(v for _, v in self.constants)}
-            args, keywords = jax.tree.unflatten(self.tree, [next(sources[kind]) for kind in self.kinds])
-            leaves = jax.tree.leaves(fn(*args, **keywords, **{name: value for name, _, value in self.static}))
+            args, keywords = self.arguments(floats, arrays)
+            leaves = jax.tree.leaves(fn(*args, **keywords))
             floating = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
             return (
                 [leaf for leaf, f in zip(leaves, floating) if f],
@@ -42,12 +41,19 @@ class Call:
 
         return flat
 
+    def arguments(self, floats: Sequence[Any], arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional arguments and keywords with these leaves."""
+        sources = {"float": iter(floats), "array": iter(arrays), "constant": iter(v for _, v in self.constants)}
+        args, keywords = jax.tree.unflatten(self.tree, [next(sources[kind]) for kind in self.kinds])
+        return args, {**keywords, **{name: value for name, _, value in self.static}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """All that ``check`` was asked: ``fn`` and ``reference`` with the same arguments.
 
     names: of the differentiated leaves. groups: for each of them the number of the argument that it belongs to.
+    array_names: of the other arrays: integers, masks, keys, and what ``argnums`` leaves out.
     """
 
     name: str
@@ -60,6 +66,8 @@ class Subject:
     arrays: tuple[jax.Array, ...]
     names: tuple[str, ...]
     groups: tuple[int, ...]
+    array_names: tuple[str, ...]
+    judged_at_kinks: bool = True  # False for a custom_jvp, which is there to choose the derivative at its kinks
 
     @property
     def halves(self) -> tuple[Any, ...]:
@@ -70,6 +78,14 @@ class Subject:
     def arguments(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(self.groups))
 
+    @property
+    def custom(self) -> Any:
+        """The jax.custom_vjp or jax.custom_jvp that is under test, if the function is one or wraps one."""
+        inner: Any = self.fn
+        while inner is not None and not isinstance(inner, (jax.custom_vjp, jax.custom_jvp)):
+            inner = getattr(inner, "__wrapped__", None)
+        return inner
+
 
 def subject_of(
     fn: Callable[..., Any],
@@ -78,25 +94,30 @@ def subject_of(
     static: Mapping[str, Any],
     reference: Callable[..., Any] | None,
     exact: bool | None,
+    argnums: int | Sequence[int] | None = None,
 ) -> Subject:
     """Finds the reference and takes the arguments apart. Raises where there is nothing that can be compared."""
     if not callable(fn):
         raise TypeError(f"check: expected a function, got {type(fn).__name__}.")
     name = getattr(fn, "__name__", type(fn).__name__)
     rule = getattr(fn, "rule", None)
+    judged_at_kinks = True
     if reference is None:
-        reference, told = _reference(fn)
+        reference, told, judged_at_kinks = _reference(fn)
     else:
         told = f"the given {getattr(reference, '__name__', 'reference')}"
     paths, tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(keywords)))
     labels = _argument_names(fn, len(args))
-    kinds, floats, arrays, constants, names, groups = [], [], [], [], [], []
+    wanted = _wanted(name, argnums, len(args))
+    kinds, floats, arrays, constants, names, groups, array_names = [], [], [], [], [], [], []
     tops: dict[Any, int] = {}
     for path, leaf in paths:
         top = path[:2]  # (args or keywords, which of them)
         label = labels[top[1].idx] if top[0].idx == 0 else top[1].key
         where = label + jax.tree_util.keystr(path[2:])
         kind, value = _leaf(name, where, leaf)
+        if kind == "float" and wanted is not None and (top[0].idx, getattr(top[1], "idx", None)) not in wanted:
+            kind = "array"
         kinds.append(kind)
         if kind == "float":
             floats.append(value)
@@ -104,6 +125,7 @@ def subject_of(
             groups.append(tops.setdefault(top, len(tops)))
         elif kind == "array":
             arrays.append(value)
+            array_names.append(where)
         else:
             constants.append((type(value), value))
     if not floats:
@@ -111,22 +133,33 @@ def subject_of(
     options = tuple((key, type(value), value) for key, value in static.items())
     call = Call(tree, tuple(kinds), tuple(constants), options)
     judged = getattr(rule, "exact", True) if exact is None else exact
-    return Subject(name, fn, reference, told, judged, call, tuple(floats), tuple(arrays), tuple(names), tuple(groups))
+    leaves = tuple(floats), tuple(arrays), tuple(names), tuple(groups), tuple(array_names)
+    return Subject(name, fn, reference, told, judged, call, *leaves, judged_at_kinks)
 
 
-def _reference(fn: Callable[..., Any]) -> tuple[Callable[..., Any], str]:
-    """The definition that a function carries with it, and how it is called in a report."""
+def _reference(fn: Callable[..., Any]) -> tuple[Callable[..., Any], str, bool]:
+    """The definition that a function carries with it, how it is called in a report, and whether it is judged at kinks."""
     if rule := getattr(fn, "rule", None):
-        return _twin(rule.reference), "its reference"
+        return _twin(rule.reference), "its reference", True
     inner: Any = fn
     while inner is not None:
-        if isinstance(inner, jax.custom_vjp):
-            return _twin(inner.fun), "its undecorated function"
+        if isinstance(inner, (jax.custom_vjp, jax.custom_jvp)):
+            return _twin(inner.fun), "its undecorated function", isinstance(inner, jax.custom_vjp)
         inner = getattr(inner, "__wrapped__", None)
-    return _twin(fn), "itself without rules"
+    return _twin(fn), "itself without custom rules", True
 
 
 _twin = functools.lru_cache(maxsize=256)(without_rules)  # the same twin each time: compiled programs are kept by it
+
+
+def _wanted(name: str, argnums: int | Sequence[int] | None, count: int) -> set[tuple[int, int]] | None:
+    """The arguments to differentiate as (0, position), or None for all."""
+    if argnums is None:
+        return None
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if bad := [n for n in numbers if not -count <= n < count]:
+        raise ValueError(f"check: argnums has {bad[0]}, but {name} was given {count} positional arguments.")
+    return {(0, n % count) for n in numbers}
 
 
 def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:

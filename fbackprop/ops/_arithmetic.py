@@ -53,6 +53,12 @@ def count(shape: Sequence[int], axes: Sequence[int]) -> int:
     return math.prod(shape[a] for a in axes)
 
 
+def batched(array: jax.Array, keep: int) -> jax.Array:
+    """All but the last ``keep`` axes as one. (``reshape(-1, …)`` cannot tell its length where another axis is empty.)"""
+    lead = array.ndim - keep
+    return array.reshape(math.prod(array.shape[:lead]), *array.shape[lead:])
+
+
 def sum_to(array: jax.Array, shape: Sequence[int], dtype: DTypeLike | None = None) -> jax.Array:
     """Sums over the axes along which an argument of ``shape`` was broadcast: the adjoint of broadcasting."""
     lead = array.ndim - len(shape)

@@ -29,7 +29,7 @@ from jax.typing import ArrayLike
 
 from fbackprop.ops._arithmetic import float_type, sum_to, wide
 from fbackprop.rules import elementwise, rule
-from fbackprop.samples import normal, sample
+from fbackprop.samples import constant, normal, sample
 
 __all__ = ["elu", "gelu", "leaky_relu", "relu", "sigmoid", "silu", "softplus", "step_ste", "tanh"]
 
@@ -53,7 +53,11 @@ def sigmoid(x: ArrayLike) -> jax.Array:
     return jax.lax.logistic(wide(x)).astype(float_type(x))
 
 
-@elementwise(lambda y: 1 - y * y, narrow=[lambda x: _sech_squared(x)])
+@elementwise(
+    lambda y: 1 - y * y,
+    narrow=[lambda x: _sech_squared(x)],
+    samples=[sample(normal(5, 7)), sample(normal(9, scale=4.0)), sample(normal()), sample(normal(9, mean=-60.0))],
+)
 def tanh(x: ArrayLike) -> jax.Array:
     """The hyperbolic tangent, between −1 and 1.
 
@@ -160,7 +164,13 @@ def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 1e-2) -> jax.Array:
 @elementwise(
     lambda x, alpha: jnp.where(x > 0, 1, alpha * jnp.exp(jnp.minimum(x, 0))),
     lambda x: jnp.where(x > 0, 0, jnp.expm1(jnp.minimum(x, 0))),
-    samples=[sample(normal(5, 7)), sample(normal(5, 7), 0.3), sample(normal(5, 7), normal(1, 7))],
+    samples=[
+        sample(normal(5, 7)),
+        sample(normal(5, 7), 0.3),
+        sample(normal(5, 7), normal(1, 7)),
+        sample(constant(0.0, 3), 0.3),
+        sample(constant(0.0, 2, 7), normal(1, 7)),
+    ],
 )
 def elu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:
     """The exponential linear unit: y = x where x > 0, else alpha · (exp(x) − 1).

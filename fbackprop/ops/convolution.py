@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import require_float, shapes, wide_type
+from fbackprop.ops._arithmetic import batched, require_float, shapes, wide_type
 from fbackprop.ops._windows import Padding, Pads, check_fits, pad_by_copying, pads, per_dimension, unpad_by_adding
 from fbackprop.rules import rule
 from fbackprop.samples import normal, sample
@@ -95,15 +95,10 @@ def _numbers(dims: int, lhs: str, rhs: str, out: str) -> Any:
     return tuple(spec.replace("S", spatial) for spec in (lhs, rhs, out))
 
 
-def _batched(x: jax.Array, dims: int) -> jax.Array:
-    """Any number of batch dimensions as one."""
-    return x.reshape(-1, *x.shape[x.ndim - dims - 1 :])
-
-
 def _convolve(x: Any, kernel: Any, bias: Any, plan: _Plan, precision: Any) -> jax.Array:
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     dtype = jnp.result_type(x, kernel)
-    images = _batched(x, plan.dims).astype(dtype)
+    images = batched(x, plan.dims + 1).astype(dtype)
     amount: Any = plan.pads
     if plan.mode:
         images, amount = pad_by_copying(images, plan.pads, plan.mode), ((0, 0),) * plan.dims
@@ -157,7 +152,7 @@ def _backward(
     x, kernel = saved
     plan = _plan(x, kernel, strides, padding, input_dilation, kernel_dilation, feature_group_count)
     dtype = jnp.result_type(x, kernel)
-    images, g = _batched(x, plan.dims).astype(dtype), _batched(dy, plan.dims).astype(dtype)
+    images, g = batched(x, plan.dims + 1).astype(dtype), batched(dy, plan.dims + 1).astype(dtype)
     amount: Pads = plan.pads
     if plan.mode:
         images, amount = pad_by_copying(images, plan.pads, plan.mode), ((0, 0),) * plan.dims

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from fbackprop.ops._arithmetic import require_float, shapes, wide_type
+from fbackprop.ops._arithmetic import batched, require_float, shapes, wide_type
 from fbackprop.rules import Static, rule
 from fbackprop.samples import labels, normal, sample
 
@@ -63,7 +63,7 @@ def _forward(
 def _backward(saved: _DenseSaved, dy: jax.Array, *, precision: Any) -> tuple[Any, ...]:
     x, kernel = saved
     dtype = jnp.result_type(x, kernel)
-    rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    rows, drows = batched(x, 1), batched(dy, 1)
     g = drows.astype(dtype)
     dx = _matmul(g, kernel.astype(dtype), (1, 1), precision, None).reshape(x.shape)  # dy Wᵀ
     dkernel = _matmul(rows.astype(dtype), g, (0, 0), precision, None)  # xᵀ dy
@@ -140,7 +140,12 @@ def _embed_backward(saved: _EmbedSaved, dy: jax.Array) -> tuple[Any, ...]:
 @rule(
     forward=_embed_forward,
     backward=_embed_backward,
-    samples=[sample(normal(6, 4), labels(7, classes=6)), sample(normal(3, 2), labels(2, 5, classes=3))],
+    samples=[
+        sample(normal(6, 4), labels(7, classes=6)),
+        sample(normal(3, 2), labels(2, 5, classes=3)),
+        sample(normal(6, 4), labels(9, classes=8, low=-8), note="negative indices, and some outside"),
+        sample(normal(3, 2), labels(2, 5, classes=4, low=-4)),
+    ],
     workloads=[sample(normal(50257, 768), labels(8192, classes=50257))],
     keeps="indices",
 )

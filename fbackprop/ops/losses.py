@@ -9,9 +9,10 @@
     softmax CE, integer      L = lse(z) − z[t], each row                   dz = (p − onehot(t)) dL
     softmax CE, soft         L = Σ t (lse(z) − z), each row                dz = (p Σt − t) dL       dt = (lse − z) dL
 
-with lse(z) = log Σ exp(z) and p = softmax(z) = exp(z − lse). The difference "what was predicted minus what was wanted" is
-the first factor of every backward pass, and all that the squared errors keep. The cross-entropies keep the logits, the
-labels and one number a row, lse: never a second array of the size of the logits. Sums are in float32 or wider.
+with lse(z) = log Σ exp(z) = m + log Σ exp(z − m), m = max z, and p = softmax(z) = exp(z − lse). The difference "what was
+predicted minus what was wanted" is the first factor of every backward pass, and all that the squared errors keep. The
+cross-entropies keep the logits, the labels and two numbers a row, m and lse − m: never a second array of the size of the
+logits. Sums are in float32 or wider.
 """
 
 import math
@@ -23,10 +24,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.ops._arithmetic import canonical_axes, float_type, require_float, shapes, sum_to, wide
-from fbackprop.ops.probabilities import log_normalizer
+from fbackprop.ops.probabilities import Normalizer, log_normalizer
 from fbackprop.rules import rule
+from fbackprop.samples import constant, impossible, mask, normal, probabilities, sample, uniform
 from fbackprop.samples import labels as integer_labels
-from fbackprop.samples import mask, normal, probabilities, sample, uniform
 
 __all__ = [
     "half_square",
@@ -131,7 +132,8 @@ def _sigmoid_bce(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     z, t = wide(logits), wide(labels)
     # softplus(z) − t z. Where t is 1 this is softplus(−z), and both terms are large: add what does not cancel,
     # max(z, 0) − t z, first.
-    value = jnp.where(z > 0, (1 - t) * z, -t * z) + jnp.log1p(jnp.exp(-jnp.abs(z)))
+    # |z| stands as a choice, so that at z = 0 autodiff of this definition takes one side for both terms: σ(0) − t.
+    value = jnp.where(z > 0, (1 - t) * z, -t * z) + jnp.log1p(jnp.exp(jnp.where(z > 0, -z, z)))
     return value.astype(jnp.result_type(logits))
 
 
@@ -154,6 +156,13 @@ def _sigmoid_backward(saved: _SigmoidSaved, dy: jax.Array) -> tuple[Any, ...]:
         sample(normal(4, 5, scale=2.0), uniform(4, 5)),
         sample(normal(6, scale=4.0), mask(6)),
         sample(normal(4, 5), uniform(1, 5)),
+        sample(normal(6, mean=20.0), constant(1.0, 6), note="the term that does not cancel"),
+        sample(normal(6, mean=-20.0), constant(0.0, 6)),
+        sample(normal(6, mean=-20.0), constant(1e-9, 6)),
+        sample(normal(6, mean=20.0), mask(6, keep=1.0)),
+        sample(normal(6, mean=-20.0), mask(6, keep=0.0)),
+        sample(normal(4, 5, mean=20.0), constant(1.0, 1, 5)),
+        sample(normal(4, 5, mean=-20.0), constant(0.0, 1, 5)),
     ],
     workloads=[sample(normal(4096, 3072), uniform(4096, 3072))],
     keeps="logits, labels",
@@ -169,7 +178,7 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Ar
 
 class _IntegerSaved(NamedTuple):
     logits: jax.Array
-    log_normalizer: jax.Array
+    normalizer: Normalizer
     labels: jax.Array
     where: jax.Array | None
 
@@ -193,17 +202,17 @@ def _chosen(shape: Sequence[int], labels: jax.Array, axes: tuple[int, ...]) -> j
 
 def _integer(
     logits: jax.Array, labels: jax.Array, axes: tuple[int, ...], where: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Normalizer]:
     z = wide(logits)
-    lse = log_normalizer(z, axes, where)
+    normalizer = log_normalizer(z, axes, where)
     last = jnp.moveaxis(z, axes, range(z.ndim - len(axes), z.ndim))
     # The label's logit is gathered, one element a row. Labels beyond the classes give NaN, which nobody overlooks.
     rows = last.reshape(*labels.shape, -1)
     picked = jnp.take_along_axis(rows, labels[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
-    value = lse.reshape(labels.shape) - picked
+    value = -Normalizer(*(part.reshape(labels.shape) for part in normalizer)).log_probability(picked)
     if where is not None:
         value = jnp.where(jnp.any(where, axes), value, 0)  # a row without classes costs nothing
-    return value.astype(logits.dtype), lse
+    return value.astype(logits.dtype), normalizer
 
 
 def _integer_forward(
@@ -212,14 +221,14 @@ def _integer_forward(
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     axes = canonical_axes("", axis, logits.ndim)
     where = _class_mask(where, axes, logits.ndim)
-    value, lse = _integer(logits, labels, axes, where)
-    return value, _IntegerSaved(logits, lse, labels, where)
+    value, normalizer = _integer(logits, labels, axes, where)
+    return value, _IntegerSaved(logits, normalizer, labels, where)
 
 
 def _integer_backward(saved: _IntegerSaved, dy: jax.Array, *, axis: int | Sequence[int]) -> tuple[Any, ...]:
-    logits, lse, labels, where = saved
+    logits, normalizer, labels, where = saved
     axes = canonical_axes("", axis, logits.ndim)
-    p, g = jnp.exp(wide(logits) - lse), jnp.expand_dims(wide(dy), axes)
+    p, g = jnp.exp(normalizer.log_probability(wide(logits))), jnp.expand_dims(wide(dy), axes)
     if where is not None:
         p, g = jnp.where(where, p, 0), jnp.where(jnp.any(where, axes, keepdims=True), g, 0)
     return jnp.where(_chosen(logits.shape, labels, axes), p - 1, p) * g, None, None
@@ -234,9 +243,13 @@ def _integer_backward(saved: _IntegerSaved, dy: jax.Array, *, axis: int | Sequen
         sample(normal(3, 5, 4), integer_labels(3, 4, classes=5), axis=1),
         sample(normal(6, 5), integer_labels(6, classes=5), where=mask(6, 5)),
         sample(normal(2, 3, 4), integer_labels(2, classes=12), axis=(1, 2)),
+        sample(normal(9, 5, scale=30.0), integer_labels(9, classes=5, low=-5)),
+        sample(normal(3, 5, 4), integer_labels(3, 4, classes=0, low=-5), axis=1),
+        sample(normal(2, 3, 4), integer_labels(2, classes=0, low=-12), axis=(1, 2)),
+        sample(normal(9, 5), integer_labels(9, classes=5), where=mask(9, 5, keep=0.2)),
     ],
     workloads=[sample(normal(1024, 50257), integer_labels(1024, classes=50257), dtype=d) for d in ("float32", "bfloat16")],
-    keeps="logits, labels, one number a row",
+    keeps="logits, labels, two numbers a row",
 )
 def softmax_cross_entropy_with_integer_labels(
     logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] = -1, where: ArrayLike | None = None
@@ -269,41 +282,42 @@ def softmax_cross_entropy_with_integer_labels(
 
 class _SoftSaved(NamedTuple):
     logits: jax.Array
-    log_normalizer: jax.Array
+    normalizer: Normalizer
     labels: jax.Array
     where: jax.Array | None
 
 
-def _surprise(z: jax.Array, lse: jax.Array, t: jax.Array) -> jax.Array:
+def _surprise(z: jax.Array, normalizer: Normalizer, t: jax.Array) -> jax.Array:
     """lse − z = −log p. A class of weight zero costs nothing, however impossible it is: 0 · ∞ counts as 0."""
-    return jnp.where((t == 0) & (z == -jnp.inf), 0, lse - z)
+    return jnp.where((t == 0) & (z == -jnp.inf), 0, -normalizer.log_probability(z))
 
 
-def _soft(logits: ArrayLike, labels: ArrayLike, axis: Any, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _soft(logits: ArrayLike, labels: ArrayLike, axis: Any, where: jax.Array | None) -> tuple[jax.Array, Normalizer]:
     z, t = wide(logits), wide(labels)
-    lse = log_normalizer(z, axis, where)
-    terms = t * _surprise(z, lse, t)
-    return jnp.sum(terms if where is None else jnp.where(where, terms, 0), axis).astype(float_type(logits, labels)), lse
+    normalizer = log_normalizer(z, axis, where)
+    terms = t * _surprise(z, normalizer, t)
+    value = jnp.sum(terms if where is None else jnp.where(where, terms, 0), axis)
+    return value.astype(float_type(logits, labels)), normalizer
 
 
 def _soft_forward(
     logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1, where: ArrayLike | None = None
 ) -> tuple[jax.Array, _SoftSaved]:
     where = _class_mask(where, axis, jnp.ndim(logits))
-    value, lse = _soft(logits, labels, axis, where)
-    return value, _SoftSaved(jnp.asarray(logits), lse, jnp.asarray(labels), where)
+    value, normalizer = _soft(logits, labels, axis, where)
+    return value, _SoftSaved(jnp.asarray(logits), normalizer, jnp.asarray(labels), where)
 
 
 def _soft_backward(saved: _SoftSaved, dy: jax.Array, *, axis: int | Sequence[int] | None) -> tuple[Any, ...]:
-    logits, lse, labels, where = saved
+    logits, normalizer, labels, where = saved
     z, t = wide(logits), wide(labels)
     g = jnp.expand_dims(wide(dy), canonical_axes("", axis, logits.ndim))
-    p = jnp.exp(z - lse)
+    p = jnp.exp(normalizer.log_probability(z))
     if where is not None:
         p, t = jnp.where(where, p, 0), jnp.where(where, t, 0)
     total = jnp.sum(jnp.broadcast_to(t, z.shape), axis, keepdims=True)
     dlogits = (p * total - t) * g
-    dlabels = _surprise(z, lse, t) * g
+    dlabels = _surprise(z, normalizer, t) * g
     dlabels = dlabels if where is None else jnp.where(where, dlabels, 0)
     floating = jnp.issubdtype(labels.dtype, jnp.inexact)
     return dlogits, sum_to(dlabels, labels.shape) if floating else None, None
@@ -317,9 +331,12 @@ def _soft_backward(saved: _SoftSaved, dy: jax.Array, *, axis: int | Sequence[int
         sample(normal(6, 5, scale=2.0), probabilities(6, 5)),
         sample(normal(3, 5, 4), probabilities(3, 5, 4), axis=1),
         sample(normal(6, 5), probabilities(6, 5), where=mask(6, 5)),
+        sample(impossible(-math.inf, 6, 5), impossible(0.0, 6, 5)),
+        sample(impossible(-math.inf, 3, 5, 4), impossible(0.0, 3, 5, 4), axis=1),
+        sample(impossible(-math.inf, 6, 5), impossible(0.0, 6, 5), where=mask(6, 5)),
     ],
     workloads=[sample(normal(1024, 50257), probabilities(1024, 50257))],
-    keeps="logits, labels, one number a row",
+    keeps="logits, labels, two numbers a row",
 )
 def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1, where: ArrayLike | None = None

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import require_float, wide, wide_type
+from fbackprop.ops._arithmetic import batched, require_float, wide, wide_type
 from fbackprop.ops._windows import Padding, Pads, check_fits, pads, per_dimension
 from fbackprop.rules import Static, rule
 from fbackprop.samples import normal, sample
@@ -71,7 +71,7 @@ def _plan(
 
 def _padded(x: jax.Array, plan: _Plan, value: float) -> jax.Array:
     """[..., *spatial, features] -> [n, *spatial, features], padded with a value."""
-    x = x.reshape(-1, *x.shape[x.ndim - len(plan.window) - 1 :])
+    x = batched(x, len(plan.window) + 1)
     config = [(0, 0, 0), *((a, b, 0) for a, b in plan.pads), (0, 0, 0)]
     return jax.lax.pad(x, jnp.asarray(value, x.dtype), config)
 
@@ -192,7 +192,7 @@ def _reduce_windows(x: jax.Array, plan: _Plan, initial: float, combine: Any) -> 
     """The definition by XLA's reduce-window: x [..., *spatial, features] -> [..., *windows, features]."""
     dims = len(plan.window)
     y = jax.lax.reduce_window(
-        x.reshape(-1, *x.shape[x.ndim - dims - 1 :]),
+        batched(x, dims + 1),
         np.asarray(initial, x.dtype),  # not traced: JAX knows the gradient of max and add by their initial value
         combine,
         (1, *plan.window, 1),
@@ -296,7 +296,7 @@ def _avg_backward(
 ) -> tuple[Any, ...]:
     plan = _plan("avg_pool", saved.shape.value, window_shape, strides, padding)
     share = wide(dy) * jnp.asarray(_lead(1 / _counts(plan, count_include_pad), dy.ndim), wide_type(dy))
-    share = share.reshape(-1, *share.shape[share.ndim - len(plan.window) - 1 :])
+    share = batched(share, len(plan.window) + 1)
     return (_unpadded(_gather_windows(share, plan, None), plan, saved.shape.value),)
 
 

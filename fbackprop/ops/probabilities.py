@@ -2,15 +2,16 @@
 
 softmax                                       log_softmax
 
-    p = exp(x − max x) / Σ exp(x − max x)         y = x − lse,   lse = log Σ exp(x)
+    p = exp(x − m) / Σ exp(x − m),  m = max x     y = (x − m) − l,   l = log Σ exp(x − m)
 
-    dx = p (dy − Σ dy p)                          dx = dy − p Σ dy,   p = exp(x − lse)
+    dx = p (dy − Σ dy p)                          dx = dy − p Σ dy,   p = exp((x − m) − l)
 
 Derivation for softmax: ∂p_i/∂x_j = p_i (δ_ij − p_j), so dx_j = Σ_i dy_i p_i (δ_ij − p_j) = p_j (dy_j − Σ_i dy_i p_i).
 For its logarithm ∂y_i/∂x_j = δ_ij − p_j.
 
-softmax keeps p. log_softmax keeps x and one number a row, lse, in float32 or wider: p from a rounded y would be off by
-the rounding of y. With ``where``, elements that are left out have p = 0 (y = −∞ for log_softmax) and receive no cotangent.
+softmax keeps p. log_softmax keeps y, as p = exp(y); below float32, where p would be off by the rounding of y, it keeps x and
+two numbers a row in float32, m and l: not their sum, whose rounding is the larger part of p's error for logits of some
+hundreds. With ``where``, elements that are left out have p = 0 (y = −∞ for log_softmax) and receive no cotangent.
 """
 
 from collections.abc import Sequence
@@ -29,12 +30,24 @@ __all__ = ["log_softmax", "softmax"]
 Axis = int | Sequence[int] | None
 
 
-def log_normalizer(x: jax.Array, axis: Any, where: jax.Array | None = None) -> jax.Array:
+class Normalizer(NamedTuple):
+    """log Σ exp(x) of each row as the sum top + log_total, which is not formed: next to a large top the other is lost."""
+
+    top: jax.Array
+    log_total: jax.Array
+
+    def log_probability(self, x: jax.Array) -> jax.Array:
+        """x − log Σ exp(x)."""
+        return (x - self.top) - self.log_total
+
+
+def log_normalizer(x: jax.Array, axis: Any, where: jax.Array | None = None) -> Normalizer:
     """log Σ exp(x) over ``axis``, which stays with length 1; x in float32 or wider."""
     top = jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True, where=where, initial=-jnp.inf))
     top = jnp.where(jnp.isfinite(top), top, 0)  # a row of −inf: exp(−inf − 0) = 0, not exp(−inf + inf)
     inside = x if where is None else jnp.where(where, x, -jnp.inf)
-    return jnp.log(jnp.sum(jnp.exp(inside - top), axis, keepdims=True)) + top
+    total = jnp.sum(jnp.exp(inside - top), axis, keepdims=True)
+    return Normalizer(top, jnp.log(jnp.where(total == 0, 1, total)))  # a row of −inf has log-probabilities −inf, and no NaN
 
 
 def _softmax(x: ArrayLike, axis: Axis, where: ArrayLike | None) -> jax.Array:
@@ -71,6 +84,8 @@ _SAMPLES = [
     sample(normal(4, 3, 5, scale=3.0), axis=1),
     sample(normal(4, 3, 5), axis=(0, 2)),
     sample(normal(6, 8), where=mask(6, 8)),
+    sample(normal(5, 7, scale=8.0)),
+    sample(normal(6, 8), where=mask(6, 8, keep=0.1)),
 ]
 
 
@@ -96,26 +111,30 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
 
 
 class _LogSoftmaxSaved(NamedTuple):
-    x: jax.Array
-    log_normalizer: jax.Array
+    x: jax.Array | None  # below float32, with
+    normalizer: Normalizer | None
+    y: jax.Array | None  # in float32 and wider, where x and the normalizer are not needed
     where: jax.Array | None
 
 
 def _log_softmax_forward(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> tuple[jax.Array, _LogSoftmaxSaved]:
     x_ = wide(x)
     where = None if where is None else jnp.asarray(where)
-    lse = log_normalizer(x_, axis, where)
-    y = x_ - lse if where is None else jnp.where(where, x_ - lse, -jnp.inf)
-    return y.astype(float_type(x)), _LogSoftmaxSaved(jnp.asarray(x), lse, where)
+    normalizer = log_normalizer(x_, axis, where)
+    y = normalizer.log_probability(x_)
+    y = (y if where is None else jnp.where(where, y, -jnp.inf)).astype(float_type(x))
+    if jnp.result_type(x) == x_.dtype:
+        return y, _LogSoftmaxSaved(None, None, y, where)
+    return y, _LogSoftmaxSaved(jnp.asarray(x), normalizer, None, where)
 
 
 def _log_softmax_backward(saved: _LogSoftmaxSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
-    x, lse, where = saved
-    p, g = jnp.exp(wide(x) - lse), wide(dy)
+    g, where = wide(dy), saved.where
+    p = jnp.exp(saved.normalizer.log_probability(wide(saved.x)) if saved.y is None else saved.y)
     if where is not None:
         p, g = jnp.where(where, p, 0), jnp.where(where, g, 0)
     dx = g - p * jnp.sum(g, axis, keepdims=True)
-    return (dx if jnp.issubdtype(x.dtype, jnp.inexact) else None), None
+    return (dx if saved.x is None or jnp.issubdtype(saved.x.dtype, jnp.inexact) else None), None
 
 
 @rule(
@@ -124,7 +143,7 @@ def _log_softmax_backward(saved: _LogSoftmaxSaved, dy: jax.Array, *, axis: Axis)
     static=["axis"],
     samples=_SAMPLES,
     workloads=[sample(normal(8192, 1024), dtype=d) for d in ("float32", "bfloat16")],
-    keeps="x, one number a row",
+    keeps="y (x and two numbers a row below float32)",
 )
 def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
     """The logarithm of softmax: y = x − log Σ exp(x), without overflow and without log(0).
@@ -138,5 +157,5 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
     canonical_axes("log_softmax", axis, jnp.ndim(x))
     x_ = wide(x)
     where = None if where is None else jnp.asarray(where)
-    y = x_ - log_normalizer(x_, axis, where)
+    y = log_normalizer(x_, axis, where).log_probability(x_)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(float_type(x))
