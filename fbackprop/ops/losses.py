@@ -9,9 +9,9 @@
     softmax CE, integer      L = lse(z) − z[t], each row                   dz = (p − onehot(t)) dL
     softmax CE, soft         L = Σ t (lse(z) − z), each row                dz = (p Σt − t) dL       dt = (lse − z) dL
 
-with lse(z) = log Σ exp(z) = m + log Σ exp(z − m), m = max z, and p = softmax(z) = exp(z − lse). The difference "what was
-predicted minus what was wanted" is the first factor of every backward pass, and all that the squared errors keep. The
-cross-entropies keep the logits, the labels and two numbers a row, m and lse − m: never a second array of the size of the
+with lse(z) = log Σ exp(z) = m + log s, m = max z, s = Σ exp(z − m), and p = softmax(z) = exp(z − m) / s. The difference
+"what was predicted minus what was wanted" is the first factor of every backward pass, and all that the squared errors keep.
+The cross-entropies keep the logits, the labels and two numbers a row, m and s: never a second array of the size of the
 logits. Sums are in float32 or wider.
 """
 
@@ -228,7 +228,7 @@ def _integer_forward(
 def _integer_backward(saved: _IntegerSaved, dy: jax.Array, *, axis: int | Sequence[int]) -> tuple[Any, ...]:
     logits, normalizer, labels, where = saved
     axes = canonical_axes("", axis, logits.ndim)
-    p, g = jnp.exp(normalizer.log_probability(wide(logits))), jnp.expand_dims(wide(dy), axes)
+    p, g = normalizer.probability(wide(logits)), jnp.expand_dims(wide(dy), axes)
     if where is not None:
         p, g = jnp.where(where, p, 0), jnp.where(jnp.any(where, axes, keepdims=True), g, 0)
     return jnp.where(_chosen(logits.shape, labels, axes), p - 1, p) * g, None, None
@@ -312,7 +312,7 @@ def _soft_backward(saved: _SoftSaved, dy: jax.Array, *, axis: int | Sequence[int
     logits, normalizer, labels, where = saved
     z, t = wide(logits), wide(labels)
     g = jnp.expand_dims(wide(dy), canonical_axes("", axis, logits.ndim))
-    p = jnp.exp(normalizer.log_probability(z))
+    p = normalizer.probability(z)
     if where is not None:
         p, t = jnp.where(where, p, 0), jnp.where(where, t, 0)
     total = jnp.sum(jnp.broadcast_to(t, z.shape), axis, keepdims=True)

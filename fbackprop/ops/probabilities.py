@@ -2,15 +2,17 @@
 
 softmax                                       log_softmax
 
-    p = exp(x − m) / Σ exp(x − m),  m = max x     y = (x − m) − l,   l = log Σ exp(x − m)
+    p = exp(x − m) / s                            y = (x − m) − log s
 
-    dx = p (dy − Σ dy p)                          dx = dy − p Σ dy,   p = exp((x − m) − l)
+    dx = p (dy − Σ dy p)                          dx = dy − p Σ dy
+
+with m = max x and s = Σ exp(x − m).
 
 Derivation for softmax: ∂p_i/∂x_j = p_i (δ_ij − p_j), so dx_j = Σ_i dy_i p_i (δ_ij − p_j) = p_j (dy_j − Σ_i dy_i p_i).
 For its logarithm ∂y_i/∂x_j = δ_ij − p_j.
 
 softmax keeps p. log_softmax keeps y, as p = exp(y); below float32, where p would be off by the rounding of y, it keeps x and
-two numbers a row in float32, m and l: not their sum, whose rounding is the larger part of p's error for logits of some
+two numbers a row in float32, m and s: not m + log s, whose rounding is the larger part of p's error for logits of some
 hundreds. With ``where``, elements that are left out have p = 0 (y = −∞ for log_softmax) and receive no cotangent.
 """
 
@@ -31,14 +33,19 @@ Axis = int | Sequence[int] | None
 
 
 class Normalizer(NamedTuple):
-    """log Σ exp(x) of each row as the sum top + log_total, which is not formed: next to a large top the other is lost."""
+    """What log Σ exp(x) = top + log(total) is made of, for each row. The sum is not formed: next to a large top the other
+    part is lost. A row of nothing but −inf has the total 1, so that its probabilities are zero and not NaN."""
 
     top: jax.Array
-    log_total: jax.Array
+    total: jax.Array
 
     def log_probability(self, x: jax.Array) -> jax.Array:
         """x − log Σ exp(x)."""
-        return (x - self.top) - self.log_total
+        return (x - self.top) - jnp.log(self.total)
+
+    def probability(self, x: jax.Array) -> jax.Array:
+        """exp(x) / Σ exp(x)."""
+        return jnp.exp(x - self.top) * (1 / self.total)
 
 
 def log_normalizer(x: jax.Array, axis: Any, where: jax.Array | None = None) -> Normalizer:
@@ -47,7 +54,7 @@ def log_normalizer(x: jax.Array, axis: Any, where: jax.Array | None = None) -> N
     top = jnp.where(jnp.isfinite(top), top, 0)  # a row of −inf: exp(−inf − 0) = 0, not exp(−inf + inf)
     inside = x if where is None else jnp.where(where, x, -jnp.inf)
     total = jnp.sum(jnp.exp(inside - top), axis, keepdims=True)
-    return Normalizer(top, jnp.log(jnp.where(total == 0, 1, total)))  # a row of −inf has log-probabilities −inf, and no NaN
+    return Normalizer(top, jnp.where(total == 0, 1, total))
 
 
 def _softmax(x: ArrayLike, axis: Axis, where: ArrayLike | None) -> jax.Array:
@@ -130,7 +137,7 @@ def _log_softmax_forward(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None 
 
 def _log_softmax_backward(saved: _LogSoftmaxSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
     g, where = wide(dy), saved.where
-    p = jnp.exp(saved.normalizer.log_probability(wide(saved.x)) if saved.y is None else saved.y)
+    p = saved.normalizer.probability(wide(saved.x)) if saved.y is None else jnp.exp(saved.y)
     if where is not None:
         p, g = jnp.where(where, p, 0), jnp.where(where, g, 0)
     dx = g - p * jnp.sum(g, axis, keepdims=True)
