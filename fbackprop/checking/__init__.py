@@ -8,8 +8,9 @@ reference in float64 are a second oracle, which owes nothing to autodiff. The to
 cotangent may err by twice what ``jax.grad`` of the reference errs by in the same dtype, or by four units in
 the last place of the largest element (``checks.py``).
 
-subject.py says what is compared with what, definition.py opens and widens the reference, programs.py runs both,
-checks.py and thorough.py judge, report.py tells.
+subject.py says what is compared with what, definition.py opens and widens the reference, programs.py runs both and
+differences.py the second oracle; checks.py holds the quick checks, thorough.py names those of the full depth; causes.py
+guesses, report.py tells, command.py is the command line, mutation.py makes wrong backwards of right ones.
 """
 
 import dataclasses

@@ -298,7 +298,9 @@ def _sums(evidence: Evidence) -> Iterator[Finding]:
         usable = np.isfinite(ours) & np.isfinite(theirs) & representable(truth, leaf.dtype)
         if leaf.size < 2 or not usable.all():
             continue
-        axes = [(axis + 1,) for axis in range(leaf.ndim)] + ([tuple(range(1, leaf.ndim + 1))] if leaf.ndim > 1 else [])
+        axes: list[Any] = [(axis + 1,) for axis in range(leaf.ndim)] + (
+            [tuple(range(1, leaf.ndim + 1))] if leaf.ndim > 1 else []
+        )
         for axis in axes:
             count = int(np.prod([truth.shape[a] for a in axis]))
             if count < 2:

@@ -66,7 +66,7 @@ def definition_of(flat: Flat, floats: Leaves, arrays: Leaves) -> Definition:
         return [*y, *others]
 
     program = jax.make_jaxpr(outputs)(list(floats), list(arrays))
-    return Definition(flat, program, counts[-1], bool(jax.config.jax_enable_x64), _has_rules(program.jaxpr))
+    return Definition(flat, program, counts[-1], jnp.result_type(float) == jnp.float64, _has_rules(program.jaxpr))
 
 
 def _has_rules(jaxpr: Jaxpr) -> bool:
@@ -149,7 +149,8 @@ class _Walk:
 
     def island(self, equation: JaxprEqn, args: Leaves) -> list[Any]:
         """In the dtypes that the equation was traced with."""
-        cast = [jnp.asarray(a, v.aval.dtype) if _is_float(v.aval) else a for a, v in zip(args, equation.invars)]
+        types: list[Any] = [v.aval for v in equation.invars]
+        cast = [jnp.asarray(a, t.dtype) if _is_float(t) else a for a, t in zip(args, types)]
         out = list(map(self.value, self.bind(equation, cast)))
         if any(_is_float(v.aval) for v in (*equation.invars, *equation.outvars)) and equation.primitive.name not in _EXACT:
             self.narrow.add(equation.primitive.name)
@@ -236,7 +237,8 @@ def _custom_jvp(walk: _Walk, equation: JaxprEqn, args: list[Any]) -> list[Any]:
     moving = [i for i, v in enumerate(equation.invars) if _is_float(v.aval)]
     still = [a for i, a in enumerate(args) if i not in moving]
     results = [i for i, v in enumerate(equation.outvars) if _is_float(v.aval)]
-    like = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    types: list[Any] = [v.aval for v in equation.invars]
+    like = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in types]
 
     def merged(floats: Leaves, others: Leaves) -> list[Any]:
         sources = iter(floats), iter(others)

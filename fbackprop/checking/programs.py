@@ -22,36 +22,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbackprop.checking.definition import Definition, definition_of
+from fbackprop.checking.differences import (
+    STEP,
+    Arrays,
+    Differences,
+    along_directions,
+    as_numpy,
+    by_differences,
+    largest_of,
+    typical,
+)
 from fbackprop.checking.subject import Call, Subject
 
-__all__ = ["Differences", "Evidence", "cotangents_of_integers", "first_line", "float64_on_cpu", "gather"]
+__all__ = ["Evidence", "cotangents_of_integers", "first_line", "float64_on_cpu", "gather"]
 
 POOL = 4096  # elements that the root mean square is taken over, at least
 ONE_HOTS = 6  # for each output
-DIRECTIONS = 2  # of finite differences, for each argument and for all together
-STEP = 2.0**-16  # of finite differences, relative to the arguments
-OFFSETS = (0.0, STEP, -STEP, STEP / 2, -STEP / 2)
 NUDGES = 4
-NUMBERS = 2**24  # that a truth by finite differences may take at most
-
-Arrays = list[np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Differences:
-    """Along one direction: the derivative of ⟨dy, y⟩ by finite differences and by the truth, and what could not be used."""
-
-    where: str
-    measured: float
-    true: float
-    tolerance: float
-    kinks: int
-    points: int
-
-    @property
-    def agree(self) -> bool:
-        """A truth that is not a finite number cannot be judged in this way."""
-        return not np.isfinite(self.true) or abs(self.measured - self.true) <= max(self.tolerance, 1e-300)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +83,25 @@ def gather(
     with float64_on_cpu():
         wide = [_widened(leaf) for leaf in floats]
         constant = [_moved_to_cpu(leaf) for leaf in arrays]
-        differences, extra = _differences(rng, subject, of_reference, wide, constant, dys, "finite differences" in checks)
+        differences, extra = along_directions(rng, subject, of_reference, wide, constant, dys, "finite differences" in checks)
         wide_dys = [np.concatenate([np.asarray(dy, np.float64), e]) for dy, e in zip(dys, extra)]
     undifferentiable = ""
     try:
         with float64_on_cpu():
             y, _, gradients = of_reference["truth"](wide, constant, wide_dys)
-            true_values, truth = _numpy(y), _numpy(gradients)
+            true_values, truth = as_numpy(y), as_numpy(gradients)
             if not subject.judged_at_kinks:
                 truth = _smooth(rng, of_reference, wide, constant, wide_dys, truth)
         reference_y, reference_others, theirs = of_reference["gradients"](floats, arrays, dys)
-        theirs = _numpy(theirs)
+        theirs = as_numpy(theirs)
         slack, value_slack = _slack_of_float64(subject, constant, wide_dys, len(kinds))
         differences = tuple(d(truth, len(kinds) + i) for i, d in enumerate(differences))
     except Exception as error:  # whatever keeps JAX from differentiating a stranger's function
         undifferentiable = first_line(error)
         reference_y, reference_others = of_reference["value"](floats, arrays)
         with float64_on_cpu():
-            true_values, truth = _by_differences(subject, of_reference, wide, constant, wide_dys, undifferentiable)
-        theirs = [t[: len(kinds)] * (1 + _relative(_numpy(reference_y), true_values)) for t in truth]
+            true_values, truth = by_differences(subject, of_reference, wide, constant, wide_dys, undifferentiable)
+        theirs = [t[: len(kinds)] * (1 + _relative(as_numpy(reference_y), true_values)) for t in truth]
         slack, value_slack, differences = None, None, ()
     truth = [leaf[: len(kinds)] for leaf in truth]
 
@@ -122,7 +109,7 @@ def gather(
     def nudged() -> list[tuple[Arrays, Arrays]]:
         return [] if undifferentiable else [_nudged(rng, of_reference, floats, arrays, constant, dys) for _ in range(NUDGES)]
 
-    values = {"reference": (_numpy(reference_y), list(reference_others)), "truth": (true_values, [])}
+    values = {"reference": (as_numpy(reference_y), list(reference_others)), "truth": (true_values, [])}
     common: dict[str, Any] = {
         "subject": subject, "definition": definition, "kinds": kinds, "theirs": theirs, "truth": truth,
         "dys": [[dy[k] for dy in dys] for k in range(len(kinds))], "slack": slack, "values": values,
@@ -150,13 +137,13 @@ def gather(
             **common,
         )
     values |= {
-        "plain": (_numpy(plain[0]), list(plain[1])),
-        "differentiated": (_numpy(differentiated[0]), list(differentiated[1])),
+        "plain": (as_numpy(plain[0]), list(plain[1])),
+        "differentiated": (as_numpy(differentiated[0]), list(differentiated[1])),
     }
     return Evidence(
         ours=[np.stack([np.asarray(r[i], np.float64) for r in results]) for i in range(len(floats))],
-        again=_numpy(again),
-        alone=None if alone is None else _numpy(alone),
+        again=as_numpy(again),
+        alone=None if alone is None else as_numpy(alone),
         types=tuple(jax.ShapeDtypeStruct(d.shape, d.dtype, weak_type=d.weak_type) for d in results[0]),
         **common,
     )
@@ -195,7 +182,7 @@ def _subject_programs(fn: Callable[..., Any], call: Call, groups: tuple[int, ...
 def cotangents_of_integers(subject: Subject) -> Iterator[tuple[str, str]]:
     """Names and troubles of integer arguments. JAX looks at neither: a wrong order of cotangents passes in silence."""
     rule = subject.custom
-    if not isinstance(rule, jax.custom_vjp) or rule.nondiff_argnums or rule.symbolic_zeros:
+    if not isinstance(rule, jax.custom_vjp) or rule.nondiff_argnums or rule.symbolic_zeros or not (rule.fwd and rule.bwd):
         return
     args, keywords = subject.call.arguments(subject.floats, subject.arrays)
     try:
@@ -251,7 +238,7 @@ def _reference_programs(reference: Callable[..., Any], call: Call, floats: Any, 
 def _signature(floats: Sequence[Any], arrays: Sequence[Any]) -> tuple[Any, Any, bool]:
     """What a definition is traced for."""
     types = [tuple((a.shape, a.dtype, bool(getattr(a, "weak_type", False))) for a in part) for part in (floats, arrays)]
-    return types[0], types[1], bool(jax.config.jax_enable_x64)
+    return types[0], types[1], jnp.result_type(float) == jnp.float64
 
 
 def _structs(types: Any) -> list[jax.ShapeDtypeStruct]:
@@ -292,76 +279,6 @@ def _cotangents(rng: np.random.Generator, outputs: Sequence[Any], largest: int) 
     return tuple(kinds), [np.stack([d[i] for d in drawn]).astype(o.dtype) for i, o in enumerate(outputs)]
 
 
-def _differences(
-    rng: np.random.Generator, subject: Subject, programs: Any, wide: Any, arrays: Any, dys: Arrays, wanted: bool
-) -> tuple[tuple[Callable[[Arrays, int], Differences], ...], Arrays]:
-    """Finite differences along random directions. Returns the cotangents that the truth is to be asked for as well, with
-    zeros where y has a kink, and for each a function that makes the comparison from the answer."""
-    if not wanted:
-        return (), [np.zeros((0, *dy.shape[1:])) for dy in dys]
-    groups = [*subject.arguments, *([None] if len(subject.arguments) > 1 else [])]
-    parts = [g for g in groups for _ in range(DIRECTIONS)]
-    scales = [_typical(leaf) for leaf in wide]
-    directions = [
-        np.stack([rng.normal(size=w.shape) * s * (p is None or p == g) for p in parts])
-        for w, s, g in zip(wide, scales, subject.groups)
-    ]
-    repeated = [np.repeat(d, len(OFFSETS), axis=0) for d in directions]
-    points = programs["moved"](wide, arrays, repeated, np.tile(OFFSETS, len(parts)))
-    values = [p.reshape(len(parts), len(OFFSETS), *p.shape[1:]) for p in _numpy(points)]
-    compare, masked = [], []
-    for i, part in enumerate(parts):
-        where = "all arguments" if part is None else _argument(subject, part)
-        slopes, smooth, truncated = zip(*(_slopes(v[i]) for v in values))
-        masked.append([np.where(s, np.asarray(dy[i % 2], np.float64), 0.0) for s, dy in zip(smooth, dys)])
-
-        def one(
-            truth: Arrays,
-            index: int,
-            i: int = i,
-            slopes: Any = slopes,
-            smooth: Any = smooth,
-            where: str = where,
-            truncated: Any = truncated,
-        ) -> Differences:
-            terms = [m * np.where(s, slope, 0.0) for m, s, slope in zip(masked[i], smooth, slopes)]
-            measured = sum(float(t.sum()) for t in terms)
-            true = sum(float((t[index] * d[i]).sum()) for t, d in zip(truth, directions))
-            size = sum(float(np.abs(t).sum()) for t in terms)
-            rounding = sum(float((np.abs(m) * _largest(v[i])).sum()) for m, v in zip(masked[i], values)) * 2.0**-52 / STEP
-            # What the next term of the series is worth: all there is where the slope itself is zero.
-            beyond = sum(float((np.abs(m) * np.where(s, t, 0.0)).sum()) for m, s, t in zip(masked[i], smooth, truncated))
-            kinks = sum(int((~s).sum()) for s in smooth)
-            return Differences(
-                where, measured, true, 1e-5 * size + 64 * rounding + 4 * beyond, kinks, sum(s.size for s in smooth)
-            )
-
-        compare.append(one)
-    return tuple(compare), [np.stack([m[i] for m in masked]) for i in range(len(dys))]
-
-
-def _slopes(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Central differences at the smaller step; where y is smooth: both steps agree, and so do both sides; and by how much
-    the steps differ."""
-    with np.errstate(all="ignore"):
-        middle, right, left, near_right, near_left = y
-        far, near = (right - left) / (2 * STEP), (near_right - near_left) / STEP
-        bend = np.abs((right - middle) - (middle - left)) / STEP
-        near_bend = np.abs((near_right - middle) - (middle - near_left)) / (STEP / 2)
-        scale = np.abs(near).max(initial=0.0, where=np.isfinite(near)) + 2.0**-52 / STEP * 64 * _largest(y)
-        agree = np.abs(far - near) <= 1e-5 * scale
-        sides = (near_bend <= 1e-6 * scale) | ((near_bend >= 0.4 * bend) & (near_bend <= 0.6 * bend))
-        return near, agree & sides & np.isfinite(near), np.abs(far - near)
-
-
-def _argument(subject: Subject, group: int) -> str:
-    return ", ".join(n for n, g in zip(subject.names, subject.groups) if g == group)
-
-
-def _largest(array: np.ndarray) -> float:
-    return float(np.abs(array).max(initial=0.0, where=np.isfinite(array)))
-
-
 def _slack_of_float64(subject: Subject, arrays: Any, wide_dys: Arrays, count: int) -> tuple[Arrays | None, list[float] | None]:
     """In float64 the truth is rounded like what is checked. What rounding costs there is measured in float32, where the
     truth is known, and scaled by the ratio of the two precisions."""
@@ -377,18 +294,18 @@ def _slack_of_float64(subject: Subject, arrays: Any, wide_dys: Arrays, count: in
         true_y, _, true = programs["truth"](wide, arrays, [dy.astype(np.float64) for dy in dys])
     ratio = 2.0**-29
     with np.errstate(all="ignore"):
-        slack = [np.abs(a - b)[:count] * ratio for a, b in zip(_numpy(rounded), _numpy(true))]
-        return slack, [_largest(a - b) * ratio for a, b in zip(_numpy(y), _numpy(true_y))]
+        slack = [np.abs(a - b)[:count] * ratio for a, b in zip(as_numpy(rounded), as_numpy(true))]
+        return slack, [largest_of(a - b) * ratio for a, b in zip(as_numpy(y), as_numpy(true_y))]
 
 
 def _smooth(rng: np.random.Generator, programs: Any, wide: Arrays, arrays: Any, dys: Arrays, truth: Arrays) -> Arrays:
     """The truth without the elements that jump within a step of the arguments: there it depends on the definition's words."""
-    scales = [_typical(w) * STEP for w in wide]
+    scales = [typical(w) * STEP for w in wide]
     step = [rng.choice([-1.0, 1.0], size=w.shape) * s for w, s in zip(wide, scales)]
     near = [programs["truth"]([w + sign * d for w, d in zip(wide, step)], arrays, dys)[2] for sign in (1, -1)]
-    right, left = (_numpy(gradient) for gradient in near)
+    right, left = (as_numpy(gradient) for gradient in near)
     with np.errstate(all="ignore"):
-        jumps = [~(np.abs(a - b) <= 1e-3 * _largest(np.stack([a, b]))).all(0) for a, b in zip(right, left)]
+        jumps = [~(np.abs(a - b) <= 1e-3 * largest_of(np.stack([a, b]))).all(0) for a, b in zip(right, left)]
     return [np.where(jump, np.nan, t) for jump, t in zip(jumps, truth)]
 
 
@@ -401,52 +318,17 @@ def _nudged(
         value = np.asarray(leaf, np.float64)
         step = float(jnp.finfo(leaf.dtype).eps) * rng.integers(-1, 2, size=value.shape)
         moved.append(jnp.asarray(value * (1 + step), leaf.dtype))
-    theirs = _numpy(programs["gradients"](moved, arrays, dys)[2])
+    theirs = as_numpy(programs["gradients"](moved, arrays, dys)[2])
     with float64_on_cpu():
         wide_dys = [np.asarray(dy, np.float64) for dy in dys]
-        truth = _numpy(programs["truth"]([_widened(leaf) for leaf in moved], on_cpu, wide_dys)[2])
+        truth = as_numpy(programs["truth"]([_widened(leaf) for leaf in moved], on_cpu, wide_dys)[2])
     return theirs, truth
-
-
-def _by_differences(subject: Subject, programs: Any, wide: Arrays, arrays: Any, dys: Arrays, why: str) -> tuple[Arrays, Arrays]:
-    """Values and cotangents of a reference that JAX cannot differentiate: each element of the arguments is moved."""
-    values = _numpy(programs["moved"](wide, arrays, [np.zeros((1, *w.shape)) for w in wide], np.zeros(1)))
-    count, size = sum(w.size for w in wide), sum(v.size for v in values)
-    if count * len(OFFSETS) * size > NUMBERS:
-        raise ValueError(
-            f"check: JAX cannot differentiate the reference of {subject.name} ({why}), and its {count} arguments and {size} "
-            f"results are too many for finite differences; give smaller arrays, or a reference that can be differentiated."
-        )
-    directions, first = [], 0
-    for w in wide:
-        one = np.zeros((count, w.size))
-        one[first : first + w.size] = np.eye(w.size) * _typical(w)
-        directions.append(np.repeat(one.reshape(count, *w.shape), len(OFFSETS), axis=0))
-        first += w.size
-    moved = programs["moved"](wide, arrays, directions, np.tile(OFFSETS, count))
-    rows = len(dys[0])
-    total = np.zeros((rows, count))
-    for dy, points in zip(dys, _numpy(moved)):
-        points = points.reshape(count, len(OFFSETS), -1)
-        for i in range(count):
-            slope, smooth, _ = _slopes(points[i])
-            total[:, i] += np.where((dy.reshape(rows, -1) != 0) & ~smooth, np.nan, dy.reshape(rows, -1) * slope).sum(1)
-    ends = np.cumsum([w.size for w in wide])
-    truth = [part.reshape(rows, *w.shape) / _typical(w) for part, w in zip(np.split(total, ends[:-1], axis=1), wide)]
-    return [v[0] for v in values], truth
 
 
 def _relative(values: Arrays, truth: Arrays) -> float:
     """What the value errs by, relative to its largest element: all that is known of the precision of a foreign program."""
     with np.errstate(all="ignore"):
-        return max((_largest(v - t) / (_largest(t) or 1.0) for v, t in zip(values, truth)), default=0.0)
-
-
-def _typical(array: np.ndarray) -> float:
-    """The root mean square, or 1 where that says nothing."""
-    with np.errstate(all="ignore"):
-        size = float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0
-    return size if np.isfinite(size) and size > 0 else 1.0
+        return max((largest_of(v - t) / (largest_of(t) or 1.0) for v, t in zip(values, truth)), default=0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ arrays
@@ -465,10 +347,6 @@ def _widened(leaf: jax.Array) -> np.ndarray:
 
 def _moved_to_cpu(leaf: jax.Array) -> Any:
     return jax.device_put(leaf, jax.devices("cpu")[0])
-
-
-def _numpy(leaves: Sequence[Any]) -> Arrays:
-    return [np.asarray(leaf).astype(np.float64) for leaf in leaves]
 
 
 def _types(leaves: Sequence[Any]) -> list[Any]:

@@ -137,7 +137,12 @@ def _log_softmax_forward(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None 
 
 def _log_softmax_backward(saved: _LogSoftmaxSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
     g, where = wide(dy), saved.where
-    p = saved.normalizer.probability(wide(saved.x)) if saved.y is None else jnp.exp(saved.y)
+    if saved.y is not None:
+        p = jnp.exp(saved.y)
+    else:
+        assert saved.x is not None
+        assert saved.normalizer is not None
+        p = saved.normalizer.probability(wide(saved.x))
     if where is not None:
         p, g = jnp.where(where, p, 0), jnp.where(where, g, 0)
     dx = g - p * jnp.sum(g, axis, keepdims=True)
