@@ -1,6 +1,7 @@
 """What ``fbackprop.check`` finds in functions that ship in JAX, Flax, optax and Equinox, and what each finding means.
 
-    python benchmarks/survey.py [--quick] [--only PATTERN …] [--json FILE [--resume]] [--markdown FILE] [--list] [--examples]
+    python benchmarks/survey.py [--quick] [--only PATTERN …] [--json FILE [--resume | --render]] [--markdown FILE]
+    python benchmarks/survey.py --list | --examples
 
 Each function of the table below is checked as it ships, with arguments in its domain: the checks of the quick depth, and those
 of other precisions, edge values, single elements of y, transformations and second derivatives. There is no reference but the
@@ -393,13 +394,12 @@ def of_jax_others() -> None:
         jnp.array([0.1, 0.2]),
     )
     times = jnp.array([0.0, 0.3, 1.0])
-    add(
-        "jax.experimental.ode.odeint",
-        lambda y, t, a: jax.experimental.ode.odeint(lambda y, t, a: -a * y + jnp.sin(t), y, t, a),
-        normal(2),
-        times,
-        positive(2),
-    )
+    ode = jax.experimental.ode.odeint  # not asked for infinite times: it never returns from them
+
+    def flow(y: jax.Array, t: jax.Array, a: jax.Array) -> jax.Array:
+        return -a * y + jnp.sin(t)
+
+    add("jax.experimental.ode.odeint", lambda y, t, a: ode(flow, y, t, a), normal(2), times, positive(2), argnums=(0, 2))
     key = jax.random.key(0)
     add("jax.random.gamma", lambda k, a: jax.random.gamma(k, a), key, positive(3, 4))
     add("jax.random.loggamma", lambda k, a: jax.random.loggamma(k, a), key, positive(3, 4))
@@ -582,23 +582,22 @@ def of_equinox() -> None:
     layer("AdaptiveAvgPool2d", en.AdaptiveAvgPool2d(2), image)
     layer("AdaptiveMaxPool2d", en.AdaptiveMaxPool2d(3), image)
 
-    def with_state(name: str, made: Any, *inputs: Any) -> None:
+    def stateful(made: Any) -> tuple[Any, Callable[..., Any]]:
+        """The parameters, and a function of them that begins with the first state at each call: a state is used once."""
         module, state = made
         params, static = eqx.partition(module, eqx.is_inexact_array)
-        add(f"equinox.nn.{name}", lambda params, *inputs: eqx.combine(params, static)(*inputs, state)[0], params, *inputs)
+        leaves, tree = jax.tree.flatten(state)
+        return params, lambda params, *inputs: eqx.combine(params, static)(*inputs, jax.tree.unflatten(tree, leaves))[0]
 
-    def batch_norm(mode: str) -> None:
-        module, state = eqx.nn.make_with_state(en.BatchNorm)(3, "batch", mode=mode)
-        params, static = eqx.partition(module, eqx.is_inexact_array)
-
-        def apply(params: Any, x: Any) -> Any:
-            call = jax.vmap(eqx.combine(params, static), axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-            return call(x, state)[0]
-
-        add(f"equinox.nn.BatchNorm({mode})", apply, params, normal(4, 3))
-
-    with_state("SpectralNorm", eqx.nn.make_with_state(en.SpectralNorm)(en.Linear(4, 3, key=key), "weight", key=key), x)
-    batch_norm("batch")
+    params, apply = stateful(en.make_with_state(en.SpectralNorm)(en.Linear(4, 3, key=key), "weight", key=key))
+    add("equinox.nn.SpectralNorm", apply, params, x)
+    params, norm = stateful(en.make_with_state(en.BatchNorm)(3, "batch", mode="batch"))
+    add(
+        "equinox.nn.BatchNorm(batch)",
+        lambda params, x: jax.vmap(lambda row: norm(params, row), axis_name="batch")(x),
+        params,
+        normal(4, 3),
+    )
 
 
 FAMILIES = (of_jax_nn, of_jax_numpy, of_linalg, of_special, of_stats, of_lax, of_jax_others, of_optax, of_flax, of_equinox)
@@ -808,6 +807,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help=f"without the checks {', '.join(FURTHER)}")
     parser.add_argument("--json", metavar="FILE", help="write the findings there, after each function")
     parser.add_argument("--resume", action="store_true", help="keep what --json has already, and check the rest")
+    parser.add_argument("--render", action="store_true", help="check nothing: explain and report what --json has already")
     parser.add_argument("--markdown", metavar="FILE", help="write the report there")
     parser.add_argument("--list", action="store_true", help="print the functions and stop")
     parser.add_argument(
@@ -825,11 +825,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(e.name for e in entries))
         return 0
-    if options.resume and not options.json:
-        parser.error("--resume needs --json")
+    if (options.resume or options.render) and not options.json:
+        parser.error("--resume and --render need --json")
     checks = (*CHECKS, *(() if options.quick else FURTHER))
     data: dict[str, Any] = {**machine(), "checks": list(checks), "functions": {}}
-    if options.resume and pathlib.Path(options.json).exists():
+    if options.render:
+        data = json.loads(pathlib.Path(options.json).read_text())
+        data["functions"] = {e.name: data["functions"][e.name] for e in entries if e.name in data["functions"]}
+        entries = []
+    elif options.resume and pathlib.Path(options.json).exists():
         before = json.loads(pathlib.Path(options.json).read_text())
         if before["checks"] != data["checks"] or before["versions"] != data["versions"]:
             parser.error(f"{options.json} is of other checks or versions; remove it, or leave out --resume")
