@@ -95,14 +95,11 @@ def _second_opinion(evidence: Evidence, leaf: int, rows: Sequence[int]) -> float
     """The tolerance where the first one has been exceeded: of few elements ``jax.grad`` may have been right by luck, so it
     is asked again at arguments that differ in the last place. And float64 is not exact either: 1 − y² of a saturated y
     is all rounding, of the size of eps times what was subtracted."""
-    rows, dtype = list(rows), evidence.subject.floats[leaf].dtype
+    rows = list(rows)
     with np.errstate(all="ignore"):
         errors = [largest(theirs[leaf][rows] - truth[leaf][rows]) for theirs, truth in evidence.nudged()]
-    size = max((largest(np.asarray(y)) for y in evidence.values["truth"][0]), default=0.0)
-    argument = largest(np.asarray(evidence.subject.floats[leaf], np.float64))
-    dy = max((largest(np.asarray(d, np.float64)) for k in rows for d in evidence.dys[k]), default=0.0)
-    slope = size / argument if argument > float(jnp.finfo(dtype).tiny) else 0.0
-    return max([2 * e for e in errors] + [2.0**-48 * dy * slope, 2.0**-48 * largest(evidence.truth[leaf])])
+    rounding = 2.0**-48 * max(_ordinary(evidence, leaf, rows), largest(evidence.truth[leaf]))
+    return max([2 * e for e in errors] + [rounding])
 
 
 def relative_tolerances(evidence: Evidence) -> list[float]:
@@ -130,7 +127,17 @@ def allowed_between(evidence: Evidence, leaf: int | None, output: int | None, va
     if evidence.subject.exact:
         truth, theirs = evidence.truth[leaf][rows], evidence.theirs[leaf][rows]
         allowed = max(allowed, 2 * tolerance_of(truth, theirs, dtype, _slack(evidence, leaf, rows)))
+        if not truth.any():  # all of it cancels: what is left is rounding, of the size of what cancelled
+            allowed = max(allowed, 8 * eps_of(dtype) * _ordinary(evidence, leaf, rows))
     return allowed
+
+
+def _ordinary(evidence: Evidence, leaf: int, rows: Sequence[int]) -> float:
+    """The size that a cotangent has where nothing cancels: that of dy times y over the argument."""
+    size = max((largest(np.asarray(y)) for y in evidence.values["truth"][0]), default=0.0)
+    argument = largest(np.asarray(evidence.subject.floats[leaf], np.float64))
+    dy = max((largest(np.asarray(d, np.float64)) for k in rows for d in evidence.dys[k]), default=0.0)
+    return dy * size / argument if argument > float(jnp.finfo(jnp.float32).tiny) else 0.0
 
 
 def _slack(evidence: Evidence, leaf: int, rows: Sequence[int]) -> float:
@@ -328,7 +335,7 @@ def _finite(evidence: Evidence) -> Iterator[Finding]:
     if not _compared(evidence):
         return
     values = [v for which in ("plain", "truth") for v in evidence.values[which][0]]
-    finite_value = all(np.isfinite(v).all() for v in values) and not evidence.undifferentiable
+    finite_value = all(v.size and np.isfinite(v).all() for v in values) and not evidence.undifferentiable
     rows = [k for k, kind in enumerate(evidence.kinds) if kind != "zero"]  # there zero may meet something infinite
     for i, name in enumerate(evidence.subject.names):
         ours, theirs, truth = (e[i][rows] for e in (evidence.ours, evidence.theirs, evidence.truth))

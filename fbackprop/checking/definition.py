@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-__all__ = ["Definition", "definition_of"]
+__all__ = ["Definition", "definition_of", "primitives_of"]
 
 Leaves = Sequence[Any]
 Flat = Callable[[Leaves, Leaves], tuple[list[Any], list[Any]]]
@@ -71,6 +71,11 @@ def definition_of(flat: Flat, floats: Leaves, arrays: Leaves) -> Definition:
 
 def _has_rules(jaxpr: Jaxpr) -> bool:
     return any(_rule_of(e) is not None or any(map(_has_rules, _inner(e))) for e in jaxpr.eqns)
+
+
+def primitives_of(jaxpr: Jaxpr) -> set[str]:
+    """The names of all equations of a program and of the programs in it."""
+    return {e.primitive.name for e in jaxpr.eqns}.union(*(primitives_of(j) for e in jaxpr.eqns for j in _inner(e)))
 
 
 def _inner(equation: JaxprEqn) -> list[Jaxpr]:
@@ -217,11 +222,19 @@ def _while(walk: _Walk, equation: JaxprEqn, args: list[Any]) -> list[Any]:
     p = equation.params
     of_condition, rest = args[: p["cond_nconsts"]], args[p["cond_nconsts"] :]
     of_body, init = rest[: p["body_nconsts"]], rest[p["body_nconsts"] :]
-    return jax.lax.while_loop(
-        lambda state: walk.closed(p["cond_jaxpr"], [*of_condition, *state])[0],
-        lambda state: walk.closed(p["body_jaxpr"], [*of_body, *state]),
-        init,
-    )
+
+    def goes_on(state: Any) -> Any:
+        return walk.closed(p["cond_jaxpr"], [*of_condition, *state])[0]
+
+    def step(state: Any) -> Any:
+        after, still = walk.closed(p["body_jaxpr"], [*of_body, *state]), goes_on(state)
+        if not still.ndim:
+            return after
+        # Under vmap each member of a batch has a condition of its own, and those that have ended stay as they are.
+        each = [still.reshape(still.shape + (1,) * (jnp.ndim(new) - still.ndim)) for new in after]
+        return [jnp.where(on, new, old) for on, new, old in zip(each, after, state)]
+
+    return jax.lax.while_loop(lambda state: goes_on(state).any(), step, init)
 
 
 def _cond(walk: _Walk, equation: JaxprEqn, args: list[Any]) -> list[Any]:

@@ -305,7 +305,8 @@ def _smooth(rng: np.random.Generator, programs: Any, wide: Arrays, arrays: Any, 
     near = [programs["truth"]([w + sign * d for w, d in zip(wide, step)], arrays, dys)[2] for sign in (1, -1)]
     right, left = (as_numpy(gradient) for gradient in near)
     with np.errstate(all="ignore"):
-        jumps = [~(np.abs(a - b) <= 1e-3 * largest_of(np.stack([a, b]))).all(0) for a, b in zip(right, left)]
+        three = [np.stack(beside) for beside in zip(right, truth, left)]
+        jumps = [~(np.ptp(beside, axis=0) <= 1e-3 * largest_of(beside)).all(0) for beside in three]
     return [np.where(jump, np.nan, t) for jump, t in zip(jumps, truth)]
 
 

@@ -4,6 +4,7 @@ vmap, differentiated twice, and on several devices.
 What the reference cannot do either is no finding.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,13 +32,20 @@ def transformations(examination: Examination) -> Iterator[Finding]:
     if evidence.failure:
         return
     dy = [jnp.asarray(v) for v in evidence.dys[0]]
-    for told, of in _transformed(subject, dy).items():
+    flat = subject.call.bind(subject.fn)
+
+    def run(told: str, flat: Any, floats: Any, arrays: Any, dy: Any) -> Any:
+        # The leaves are arguments of the program: XLA would compute with constants while it compiles, not always rightly.
+        return _transformed(dataclasses.replace(subject, floats=tuple(floats), arrays=tuple(arrays)), dy)[told](flat)
+
+    for told in _transformed(subject, dy):
+        leaves = list(subject.floats), list(subject.arrays), dy
+        of = functools.partial(run, told)
         try:
-            flat = subject.call.bind(subject.fn)
-            ours = of(flat) if told == "eager" else jax.jit(functools.partial(of, flat))()
+            ours = of(flat, *leaves) if told == "eager" else jax.jit(functools.partial(of, flat))(*leaves)
         except Exception as error:
             try:
-                jax.eval_shape(functools.partial(of, evidence.definition.opened))
+                jax.eval_shape(functools.partial(of, evidence.definition.opened), *leaves)
             except Exception:
                 examination.notes.append(f"{told}: neither it nor its reference runs ({first_line(error)}).")
                 continue
