@@ -298,6 +298,7 @@ def test_check_is_clean_at_full_depth(rule, sample):
     assert report.ok, f"\n{report}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "sample"), cases(every=False))
 def test_transformations_and_second_order_in_float64(rule, sample):
     """Where rounding hides nothing."""

@@ -396,6 +396,9 @@ def _linear(evidence: Evidence) -> Iterator[Finding]:
             top = max(largest(ours[k]) for k in (a, b, both))
         allowed = max(4 * largest(reference_gap), 16 * eps_of(dtype) * top, 3 * smallest(dtype))
         allowed = max(allowed, 12 * _slack(evidence, i, (a, b, both)))
+        if evidence.subject.exact:  # each of the three may err by the tolerance
+            rows = _rows(evidence, NORMAL)
+            allowed = max(allowed, 3 * tolerance_of(evidence.truth[i][rows], theirs[rows], dtype))
         gap = np.where(np.isfinite(gap), gap, 0.0)
         if gap.size and gap.max() > allowed:
             index = tuple(map(int, np.unravel_index(int(gap.argmax()), gap.shape)))

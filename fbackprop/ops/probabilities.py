@@ -138,13 +138,13 @@ def _log_softmax_forward(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None 
 def _log_softmax_backward(saved: _LogSoftmaxSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
     g, where = wide(dy), saved.where
     if saved.y is not None:
-        p = jnp.exp(saved.y)
+        p = jnp.exp(saved.y)  # 0 where left out
     else:
         assert saved.x is not None
         assert saved.normalizer is not None
         p = saved.normalizer.probability(wide(saved.x))
-    if where is not None:
-        p, g = jnp.where(where, p, 0), jnp.where(where, g, 0)
+        p = p if where is None else jnp.where(where, p, 0)
+    g = g if where is None else jnp.where(where, g, 0)
     dx = g - p * jnp.sum(g, axis, keepdims=True)
     return (dx if saved.x is None or jnp.issubdtype(saved.x.dtype, jnp.inexact) else None), None
 
