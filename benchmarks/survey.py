@@ -11,8 +11,13 @@ derivative that breaks under a transformation or in a narrow dtype, a custom rul
 Findings are grouped by (function, check, argument). survey_explained.json has for each of them a verdict, a sentence, an
 example of one line that does without the checker, and the thread that tells of it. Verdicts: "weakness" (the function should do
 better), "choice" (the library says that it does so, or the derivative is a convention), "edge of the domain" (the derivative
-itself is infinite or undefined there), "defect of the checker". A finding without an explanation, and an explanation without a
+itself is infinite or undefined there). A finding without an explanation, and an explanation without a
 finding, are printed; the former makes the exit code 1, and so does a function that cannot be checked.
+
+The table has some of the functions of these libraries, not all. To add one, call ``add`` in the family of its module with its
+public name, the function, arguments in its domain and options of ``check`` (of Flax and Equinox ``layer``, with the
+module and its inputs); --json FILE --resume --markdown benchmarks/survey.md then checks what FILE has not, and what is
+found is to be explained in survey_explained.json.
 """
 
 import argparse
@@ -40,17 +45,14 @@ import jax.scipy as jsp
 import numpy as np
 import optax
 from jax import lax
-from jax.scipy.spatial.transform import Rotation
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fbackprop.checking import CHECKS, check
 
 FURTHER = ("low precision", "edges", "jacobian", "transformations", "second order")
-VERDICTS = ("weakness", "choice", "edge of the domain", "defect of the checker")
+VERDICTS = ("weakness", "choice", "edge of the domain")
 EXPLAINED = pathlib.Path(__file__).with_name("survey_explained.json")
-SVD = ("linalg.svd", "linalg.pinv", "linalg.lstsq", "linalg.cond", "'nuc'", "(matrix, ord=2)", "(matrix, ord=-2)", "polyfit")
-"""Not asked for edges: LAPACK never returns from infinite values there (Reference-LAPACK/lapack issue 1409)."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "equinox")
 
 
@@ -102,10 +104,6 @@ def spd(n: int, seed: int = 0) -> jax.Array:
     return a @ a.T + n * jnp.eye(n)
 
 
-def symmetric(f: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda a: f((a + a.T) / 2)
-
-
 def real_parts(f: Callable[..., Any]) -> Callable[..., Any]:
     """Of a function that returns complex numbers."""
     return lambda *args: jax.tree.map(lambda y: (jnp.real(y), jnp.imag(y)), f(*args))
@@ -127,9 +125,6 @@ def of_jax_nn() -> None:
         add(f"jax.nn.{name}", getattr(jax.nn, name), x)
     add("jax.nn.log1mexp", jax.nn.log1mexp, positive(3, 4))
     add("jax.nn.gelu(approximate=False)", jax.nn.gelu, x, static={"approximate": False})
-    mask = jnp.array([[True, False, True, True], [False, True, True, False], [True, True, True, True]])
-    for name in ("softmax", "log_softmax", "logsumexp", "logmeanexp", "standardize"):
-        add(f"jax.nn.{name}(where=mask)", getattr(jax.nn, name), x, static={"axis": -1}, keywords={"where": mask})
     q, k, v = (normal(1, 3, 2, 4, seed=s) for s in range(3))
     some = jnp.array([[[[True, False, True]] * 3] * 2])
     add("jax.nn.dot_product_attention", jax.nn.dot_product_attention, q, k, v)
@@ -157,54 +152,16 @@ def of_jax_numpy() -> None:
     add("jax.numpy.power(x, 2)", lambda x: jnp.power(x, 2), x)
     add("jax.numpy.power(x, 2.0)", lambda x: jnp.power(x, 2.0), x)
     add("jax.numpy.power(x, 0.5)", lambda x: jnp.power(x, 0.5), p)
-    add("jax.numpy.power(x, -1.0)", lambda x: jnp.power(x, -1.0), p)
-    add("jax.numpy.clip(x, -1, 1)", lambda x: jnp.clip(x, -1, 1), x)
-    add("jax.numpy.clip(x, low, high)", jnp.clip, x, -p, q)
-    add("jax.numpy.where", lambda x, y: jnp.where(x > y, x * x, y), x, y)
-    add("jax.numpy.select", lambda x, y: jnp.select([x > 0, y > 0], [x * y, x]), x, y)
-    add("jax.numpy.piecewise", lambda x: jnp.piecewise(x, [x < 0, x >= 0], [jnp.sin, jnp.square]), x)
-    reductions = """max min mean median prod ptp std sum var nanmax nanmean nanmedian nanprod nanstd nanvar cumsum
-    cumprod nancumprod sort diff trapezoid gradient"""
+    reductions = "prod std nanmax nanmean nanmedian nanprod nanstd nanvar nancumprod"
     for name in reductions.split():
         add(f"jax.numpy.{name}", getattr(jnp, name), x, static={"axis": -1})
     add("jax.numpy.std(ddof=1)", lambda x: jnp.std(x, axis=-1, ddof=1), x)
     mask = jnp.array([[True, False, True, True], [False, True, True, False], [True, True, True, True]])
-    for name in ("max", "mean", "prod", "std", "var"):
-        extra = {"initial": -jnp.inf} if name == "max" else {}
-        add(f"jax.numpy.{name}(where=mask)", getattr(jnp, name), x, static={"axis": -1, **extra}, keywords={"where": mask})
-    for method in ("linear", "nearest"):
-        add(f"jax.numpy.quantile({method})", lambda x, q, m=method: jnp.quantile(x, q, axis=-1, method=m), x, jnp.float32(0.3))
-    add("jax.numpy.percentile", lambda x, q: jnp.percentile(x, q, axis=-1), x, jnp.float32(30.0))
-    add("jax.numpy.average(weights)", lambda x, w: jnp.average(x, axis=-1, weights=w), x, p)
-    add("jax.numpy.partition", lambda x: jnp.partition(x, 2, axis=-1), x)
-    alike("jax.numpy", jnp, "cov corrcoef", x)
-    a, b = normal(5), normal(3, seed=1)
-    alike("jax.numpy", jnp, "convolve polymul", a, b)
-    add("jax.numpy.cross", jnp.cross, normal(2, 3), normal(2, 3, seed=1))
-    add("jax.numpy.einsum", lambda a, b: jnp.einsum("ij,kj->ik", a, b), x, normal(2, 4))
+    for name in ("prod", "std"):
+        add(f"jax.numpy.{name}(where=mask)", getattr(jnp, name), x, static={"axis": -1}, keywords={"where": mask})
+    a = normal(5)
     add("jax.numpy.interp", jnp.interp, uniform(0.1, 3.9, 5), jnp.arange(5.0), a)
-    add("jax.numpy.polyval", jnp.polyval, a, b)
-    add("jax.numpy.polyfit", lambda x, y: jnp.polyfit(x, y, 2), normal(6), normal(6, seed=1))
-    alike("jax.numpy", jnp, "linspace", jnp.float32(0.5), jnp.float32(2.0), static={"num": 5})
-    alike("jax.numpy", jnp, "logspace geomspace", jnp.float32(0.5), jnp.float32(2.0), static={"num": 5})
-    for mode in ("linear_ramp", "maximum", "mean", "reflect"):
-        add(f"jax.numpy.pad({mode})", lambda x, m=mode: jnp.pad(x, 1, mode=m), x)
-    index = jnp.array([2, 0, 2])
-    add("jax.numpy.take", lambda x, i: jnp.take(x, i, axis=0), x, index)
-    add("jax.numpy.take_along_axis", lambda x, i: jnp.take_along_axis(x, i[:, None], axis=1), x, index)
-    add("jax.numpy.bincount(weights)", lambda i, w: jnp.bincount(i, w, length=4), index, b)
-    add(
-        "jax.numpy.histogram(weights)",
-        lambda x, w: jnp.histogram(x, bins=3, range=(-2, 2), weights=w)[0],
-        a,
-        normal(5, seed=2),
-        argnums=1,
-    )
-    add("jax.numpy.fft.rfft", real_parts(jnp.fft.rfft), a)
-    add("abs of jax.numpy.fft.rfft", lambda x: jnp.abs(jnp.fft.rfft(x)), a)
-    add("jax.numpy.fft.irfft", lambda re, im: jnp.fft.irfft(re + 1j * im), a, normal(5, seed=1))
-    for name in ("add", "multiply", "max", "min", "set"):
-        add(f"jax.numpy.ndarray.at[].{name}", lambda x, i, u, n=name: getattr(x.at[i], n)(u), p, index, positive(3, 4, seed=2))
+    alike("jax.numpy", jnp, "geomspace", jnp.float32(0.5), jnp.float32(2.0), static={"num": 5})
 
 
 def of_linalg() -> None:
@@ -212,45 +169,20 @@ def of_linalg() -> None:
     la = jnp.linalg
     for order in (None, 1, 3, jnp.inf):
         add(f"jax.numpy.linalg.norm(vectors, ord={order})", lambda x, o=order: la.norm(x, ord=o, axis=-1), x)
-    for order in ("fro", "nuc", 2, -2, jnp.inf):
+    for order in ("fro",):
         add(f"jax.numpy.linalg.norm(matrix, ord={order!r})", lambda x, o=order: la.norm(x, ord=o), x)
-    alike("jax.numpy.linalg", la, "det inv slogdet", square)
-    add("jax.numpy.linalg.cond", la.cond, square)
-    add("jax.numpy.linalg.pinv", la.pinv, x)
-    add("jax.numpy.linalg.solve", la.solve, square, normal(3, 2))
-    add("jax.numpy.linalg.cholesky", la.cholesky, s)
-    add("jax.numpy.linalg.qr", la.qr, normal(4, 3))
-    add("jax.numpy.linalg.qr(complete)", lambda x: la.qr(x, mode="complete"), normal(3, 3))
-    add("jax.numpy.linalg.svd(compute_uv=False)", lambda x: la.svd(x, compute_uv=False), x)
     add("jax.numpy.linalg.svd(full_matrices=False)", lambda x: la.svd(x, full_matrices=False), x)
     add("jax.numpy.linalg.eigh", la.eigh, s)
-    add("jax.numpy.linalg.eigvalsh", la.eigvalsh, s)
-    add("jax.numpy.linalg.eigvals", real_parts(la.eigvals), square)
-    for n in (3, -2):
-        add(f"jax.numpy.linalg.matrix_power(n={n})", lambda x, n=n: la.matrix_power(x, n), square)
-    add("jax.numpy.linalg.lstsq", lambda a, b: la.lstsq(a, b)[0], normal(4, 3), normal(4, 2))
     sl = jsp.linalg
     add("jax.scipy.linalg.expm", sl.expm, square)
-    add("jax.scipy.linalg.lu", sl.lu, square)
-    add("jax.scipy.linalg.solve_triangular", lambda a, b: sl.solve_triangular(a, b, lower=True), s, normal(3, 2))
-    add("jax.scipy.linalg.polar", sl.polar, square)
     add("jax.scipy.linalg.sqrtm", real_parts(sl.sqrtm), s)
-    add(
-        "jax.lax.linalg.tridiagonal_solve",
-        lax.linalg.tridiagonal_solve,
-        normal(4),
-        normal(4, seed=1) + 4,
-        normal(4, seed=2),
-        normal(4, 2),
-    )
-    add("jax.lax.linalg.householder_product", lax.linalg.householder_product, normal(4, 3), unit(3))
 
 
 def of_special() -> None:
     sp = jsp.special
     x, p, q, u = normal(3, 4), positive(3, 4), positive(3, 4, seed=1), unit(3, 4)
-    alike("jax.scipy.special", sp, "expit erf erfc erfcx ndtr log_ndtr i0 i0e i1 i1e dawsn expi fresnel sici", x)
-    alike("jax.scipy.special", sp, "gamma gammaln loggamma digamma entr exp1 spence factorial", p)
+    alike("jax.scipy.special", sp, "expit erf erfc erfcx ndtr log_ndtr i0 i0e i1 i1e dawsn fresnel sici", x)
+    alike("jax.scipy.special", sp, "gamma gammaln loggamma digamma entr spence factorial", p)
     alike("jax.scipy.special", sp, "logit erfinv ndtri", u)
     alike("jax.scipy.special", sp, "softmax log_softmax", x)
     add("jax.scipy.special.logsumexp(b)", lambda x, b: sp.logsumexp(x, axis=-1, b=b), x, p)
@@ -261,54 +193,12 @@ def of_special() -> None:
     add("jax.scipy.special.betainc", sp.betainc, p, q, u, argnums=2)
     add("jax.scipy.special.zeta", sp.zeta, p + 1.5, q, argnums=1)
     add("jax.scipy.special.polygamma", lambda x: sp.polygamma(2, x), p)
-    add("jax.scipy.special.expn", lambda x: sp.expn(2, x), p)
     add("jax.scipy.special.multigammaln", lambda a: sp.multigammaln(a, 2), p + 1)
     add("jax.scipy.special.bessel_jn", lambda z: sp.bessel_jn(z, v=2, n_iter=50), p)
-    add("jax.scipy.special.hyp1f1", sp.hyp1f1, p, q, x)
-    add("jax.scipy.special.hyp2f1", sp.hyp2f1, p, q, positive(3, 4, seed=2) + 0.05, u * 0.7, argnums=3)
-    add("jax.scipy.special.wofz", lambda re, im: real_parts(sp.wofz)(re + 1j * im), x, p)
-
-
-def of_stats() -> None:
-    st = jsp.stats
-    x, p, q, r, u = normal(3, 4), positive(3, 4), positive(3, 4, seed=1), positive(3, 4, seed=2), unit(3, 4)
-    mean, count = normal(3, 4, seed=1), jnp.array([[0, 1, 2, 5], [1, 0, 3, 2], [4, 0, 1, 1]])
-    for name in ("norm", "cauchy", "gumbel_r", "laplace", "logistic"):
-        add(f"jax.scipy.stats.{name}.logpdf", getattr(st, name).logpdf, x, mean, q)
-        if name != "norm":
-            add(f"jax.scipy.stats.{name}.cdf", getattr(st, name).cdf, x, mean, q)
-    add("jax.scipy.stats.norm.logcdf", st.norm.logcdf, x, mean, q)
-    add("jax.scipy.stats.norm.logsf", st.norm.logsf, x, mean, q)
-    add("jax.scipy.stats.norm.ppf", st.norm.ppf, u, mean, q)
-    add("jax.scipy.stats.expon.logpdf", lambda x, s: st.expon.logpdf(x, scale=s), p, q)
-    add("jax.scipy.stats.t.logpdf", st.t.logpdf, x, p, mean, q)
-    add("jax.scipy.stats.gamma.logpdf", lambda x, a, s: st.gamma.logpdf(x, a, scale=s), p, q, r)
-    add("jax.scipy.stats.gamma.logcdf", lambda x, a: st.gamma.logcdf(x, a), p, q)
-    add("jax.scipy.stats.chi2.logpdf", lambda x, df: st.chi2.logpdf(x, df), p, q)
-    add("jax.scipy.stats.beta.logpdf", lambda x, a, b: st.beta.logpdf(x, a, b), u, p, q)
-    add("jax.scipy.stats.beta.logcdf", lambda x, a, b: st.beta.logcdf(x, a, b), u, p, q, argnums=0)
-    add("jax.scipy.stats.pareto.logpdf", lambda x, b: st.pareto.logpdf(x, b), p + 1, q)
-    add("jax.scipy.stats.gennorm.logpdf", st.gennorm.logpdf, x, p)
-    add("jax.scipy.stats.truncnorm.logpdf", lambda x, a, b: st.truncnorm.logpdf(x, a, b), 0.3 * jnp.tanh(x), -p, q)
-    add("jax.scipy.stats.truncnorm.logcdf", lambda x, a, b: st.truncnorm.logcdf(x, a, b), 0.3 * jnp.tanh(x), -p, q)
-    add("jax.scipy.stats.uniform.logpdf", lambda x, s: st.uniform.logpdf(x, 0.0, s), u * 0.3, p)
-    add("jax.scipy.stats.vonmises.logpdf", st.vonmises.logpdf, x, p)
-    add("jax.scipy.stats.wrapcauchy.logpdf", st.wrapcauchy.logpdf, p, u)
-    add("jax.scipy.stats.dirichlet.logpdf", lambda alpha, x: st.dirichlet.logpdf(x, alpha), positive(4), simplex(4), argnums=0)
-    add("jax.scipy.stats.multivariate_normal.logpdf", st.multivariate_normal.logpdf, normal(3), normal(3, seed=1), spd(3))
-    add("jax.scipy.stats.poisson.logpmf", st.poisson.logpmf, count, p)
-    add("jax.scipy.stats.bernoulli.logpmf", st.bernoulli.logpmf, count % 2, u)
-    add("jax.scipy.stats.nbinom.logpmf", st.nbinom.logpmf, count, p, u)
-    add("jax.scipy.stats.binom.logpmf", lambda k, p: st.binom.logpmf(k, 6, p), count, u)
-    add("jax.scipy.stats.geom.logpmf", st.geom.logpmf, count + 1, u)
-    add("jax.scipy.stats.betabinom.logpmf", lambda k, a, b: st.betabinom.logpmf(k, 6, a, b), count, p, q)
-    add("jax.scipy.stats.multinomial.logpmf", lambda k, p: st.multinomial.logpmf(k, 3, p), jnp.array([1, 0, 2]), simplex(3))
-    add("jax.scipy.stats.gaussian_kde.logpdf", lambda data, x: st.gaussian_kde(data).logpdf(x), normal(6), normal(3))
-    add("jax.scipy.stats.sem", lambda x: st.sem(x, axis=-1), x)
 
 
 def of_lax() -> None:
-    x, y, p, q, u = normal(3, 4), normal(3, 4, seed=1), positive(3, 4), positive(3, 4, seed=1), unit(3, 4)
+    x = normal(3, 4)
     for name in ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"):
         add(f"jax.lax.{name}", getattr(lax, name), x, static={"axis": 1})
     add("jax.lax.cumlogsumexp(reverse=True)", lambda x: lax.cumlogsumexp(x, axis=1, reverse=True), x)
@@ -323,119 +213,15 @@ def of_lax() -> None:
         lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (1, 2), (1, 1), "VALID", window_dilation=(1, 2)),
         x,
     )
-    add("jax.lax.top_k", lambda x: lax.top_k(x, 2), x)
-    add("jax.lax.approx_max_k", lambda x: lax.approx_max_k(x, 2), x)
-    add("jax.lax.sort(two operands)", lambda x, y: lax.sort((x, y), num_keys=1), x, y)
     add("jax.lax.reduce_precision", lambda x: lax.reduce_precision(x, 8, 7), x)
-    image, kernel = normal(1, 2, 4, 4), normal(3, 2, 2, 2)
-    add("jax.lax.conv_general_dilated", lambda x, w: lax.conv_general_dilated(x, w, (1, 2), "SAME"), image, kernel)
-    add(
-        "jax.lax.conv_general_dilated(groups)",
-        lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "VALID", feature_group_count=2),
-        image,
-        normal(4, 1, 2, 2),
-    )
-    add(
-        "jax.lax.conv_general_dilated(rhs_dilation)",
-        lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", rhs_dilation=(2, 2)),
-        image,
-        kernel,
-    )
-    add("jax.lax.conv_transpose", lambda x, w: lax.conv_transpose(x, w, (2, 2), "SAME"), normal(1, 3, 3, 2), normal(2, 2, 2, 3))
-    add("jax.lax.conv_general_dilated_patches", lambda x: lax.conv_general_dilated_patches(x, (2, 2), (1, 1), "VALID"), image)
-    add(
-        "jax.lax.conv_general_dilated_local",
-        lambda x, w: lax.conv_general_dilated_local(x, w, (1, 1), "VALID", (2, 2)),
-        normal(1, 2, 3, 3),
-        normal(2, 8, 2, 2),
-    )
-    alike("jax.lax", lax, "igamma igammac", p, q)
-    add("jax.lax.betainc", lax.betainc, p, q, u, argnums=2)
-    add("jax.lax.polygamma", lax.polygamma, jnp.full((3, 4), 2.0), p, argnums=1)
-    alike("jax.lax", lax, "lgamma digamma rsqrt", p)
-    alike("jax.lax", lax, "logistic erf_inv", u)
-    alike("jax.lax", lax, "bessel_i0e bessel_i1e", x)
-    add("jax.lax.integer_pow(3)", lambda x: lax.integer_pow(x, 3), x)
-    add("jax.lax.integer_pow(-2)", lambda x: lax.integer_pow(x, -2), p)
-    add("jax.lax.pow(x, integer)", lambda x, n: lax.pow(x, n), x, jnp.array([[0, 1, 2, 3]] * 3))
-    alike("jax.lax", lax, "atan2 rem max min", x, y)
-    add("jax.lax.clamp", lax.clamp, -p, x, q)
-    add("jax.lax.dynamic_slice", lambda x, i: lax.dynamic_slice(x, (i, 0), (2, 4)), x, jnp.int32(1))
-    add("jax.lax.dynamic_update_slice", lambda x, y, i: lax.dynamic_update_slice(x, y, (i, 0)), x, normal(2, 4), jnp.int32(1))
-    add(
-        "jax.lax.associative_scan",
-        lambda a, b: lax.associative_scan(lambda l, r: (l[0] * r[0], l[1] * r[0] + r[1]), (a, b), axis=1),
-        x,
-        y,
-    )
-    add("jax.lax.ragged_dot", lax.ragged_dot, normal(4, 3), normal(2, 3, 2), jnp.array([1, 3], jnp.int32))
-    add(
-        "jax.lax.custom_root",
-        lambda a: lax.custom_root(
-            lambda z: z**3 + z - a,
-            a / 2,
-            lambda f, z: lax.fori_loop(0, 30, lambda _, z: z - f(z) / (3 * z**2 + 1), z),
-            lambda g, y: y / g(jnp.ones_like(y)),
-        ),
-        normal(4),
-    )
     add("jax.lax.reduce(logaddexp)", lambda x: lax.reduce(x, np.float32(-np.inf), jnp.logaddexp, (1,)), x)
 
 
 def of_jax_others() -> None:
-    x = normal(3, 4)
-    for method in ("linear", "lanczos3"):
-        add(f"jax.image.resize({method})", lambda x, m=method: jax.image.resize(x, (5, 3), m), x)
-    add(
-        "jax.image.scale_and_translate",
-        lambda x, s, t: jax.image.scale_and_translate(x, (5, 3), (0, 1), s, t, "linear"),
-        x,
-        jnp.array([1.4, 0.7]),
-        jnp.array([0.1, 0.2]),
-    )
-    times = jnp.array([0.0, 0.3, 1.0])
-    ode = jax.experimental.ode.odeint  # not asked for infinite times: it never returns from them
 
-    def flow(y: jax.Array, t: jax.Array, a: jax.Array) -> jax.Array:
-        return -a * y + jnp.sin(t)
-
-    add("jax.experimental.ode.odeint", lambda y, t, a: ode(flow, y, t, a), normal(2), times, positive(2), argnums=(0, 2))
     key = jax.random.key(0)
     add("jax.random.gamma", lambda k, a: jax.random.gamma(k, a), key, positive(3, 4))
     add("jax.random.loggamma", lambda k, a: jax.random.loggamma(k, a), key, positive(3, 4))
-    add("jax.random.beta", lambda k, a, b: jax.random.beta(k, a, b), key, positive(4), positive(4, seed=1))
-    add("jax.random.dirichlet", lambda k, a: jax.random.dirichlet(k, a), key, positive(4))
-    add("jax.random.t", lambda k, df: jax.random.t(k, df), key, positive(4))
-    add(
-        "jax.random.truncated_normal",
-        lambda k, a, b: jax.random.truncated_normal(k, a, b),
-        key,
-        -positive(4),
-        positive(4, seed=1),
-    )
-    add("jax.random.multivariate_normal", lambda k, m, c: jax.random.multivariate_normal(k, m, c), key, normal(3), spd(3))
-    add("jax.random.pareto", lambda k, b: jax.random.pareto(k, b), key, positive(4))
-    segment = jnp.array([0, 2, 2])
-    for name in ("sum", "max", "min", "prod"):
-        add(f"jax.ops.segment_{name}", getattr(jax.ops, f"segment_{name}"), x, segment, static={"num_segments": 4})
-    add(
-        "jax.scipy.ndimage.map_coordinates",
-        lambda x, a, b: jsp.ndimage.map_coordinates(x, [a, b], 1),
-        x,
-        uniform(0.1, 1.9, 5),
-        uniform(0.1, 2.9, 5),
-    )
-    add("jax.scipy.signal.convolve", jsp.signal.convolve, normal(5), normal(3))
-    add("jax.scipy.sparse.linalg.cg", lambda a, b: jsp.sparse.linalg.cg(lambda v: a @ v, b, tol=1e-9)[0], spd(3), normal(3))
-    add(
-        "jax.scipy.interpolate.RegularGridInterpolator",
-        lambda v, at: jsp.interpolate.RegularGridInterpolator((jnp.arange(3.0), jnp.arange(4.0)), v)(at),
-        x,
-        uniform(0.1, 1.9, 5, 2),
-    )
-    add("jax.scipy.spatial.transform.Rotation.from_rotvec", lambda v: Rotation.from_rotvec(v).as_matrix(), normal(3))
-    add("jax.scipy.spatial.transform.Rotation.from_quat", lambda v: Rotation.from_quat(v).as_matrix(), normal(4))
-    add("jax.scipy.spatial.transform.Rotation.as_rotvec", lambda v: Rotation.from_quat(v).as_rotvec(), normal(4))
 
 
 def of_optax() -> None:
@@ -467,12 +253,7 @@ def of_optax() -> None:
         positive(3, 4),
         y > -0.5,
     )
-    add("optax.losses.smooth_labels", lambda y: lo.smooth_labels(y, 0.1), simplex(3, 4))
-    add("optax.losses.triplet_margin_loss", lo.triplet_margin_loss, x, y, normal(3, 4, seed=2))
     add("optax.losses.make_fenchel_young_loss", lo.make_fenchel_young_loss(jax.nn.logsumexp), normal(4), simplex(4))
-    ctc = (normal(2, 4, 3), jnp.zeros((2, 4)), jnp.array([[1, 2], [2, 2]]), jnp.array([[0.0, 0.0], [0.0, 1.0]]))
-    add("optax.losses.ctc_loss", lo.ctc_loss, *ctc, argnums=0)
-    add("optax.losses.ctc_loss_with_forward_probs", lambda *a: lo.ctc_loss_with_forward_probs(*a)[0], *ctc, argnums=0)
     add(
         "optax.losses.softmax_cross_entropy_with_integer_labels(where)",
         lambda x, i, m: lo.softmax_cross_entropy_with_integer_labels(x, i, where=m),
@@ -491,12 +272,11 @@ def of_optax() -> None:
     add("optax.projections.projection_vector", pr.projection_vector, v, normal(5, seed=1))
     add("optax.safe_norm", lambda x: optax.safe_norm(x, 1e-3, axis=-1), x)
     add("optax.safe_norm(ord=1)", lambda x: optax.safe_norm(x, 1e-3, ord=1, axis=-1), x)
-    add("optax.safe_root_mean_squares", lambda x: optax.safe_root_mean_squares(x, 1e-3), x)
     add("optax.global_norm", lambda x, y: optax.global_norm({"x": x, "y": y}), x, y)
 
 
 def of_flax() -> None:
-    x, image, steps = normal(3, 4), normal(1, 4, 4, 2), normal(2, 3, 4)
+    x, image = normal(3, 4), normal(1, 4, 4, 2)
     for name, f in {"avg_pool": nn.avg_pool, "max_pool": nn.max_pool, "min_pool": nn.pooling.min_pool}.items():
         for padding in ("VALID", "SAME"):
             add(f"flax.linen.{name}({padding})", lambda x, f=f, p=padding: f(x, (2, 3), (2, 1), p), image)
@@ -520,31 +300,14 @@ def of_flax() -> None:
         add(f"flax.linen.{name}", apply, variables.get("params", {}), *inputs)
 
     layer("Dense", nn.Dense(3), x)
-    layer("Conv", nn.Conv(3, (2, 2)), image)
-    layer("Conv(CAUSAL)", nn.Conv(3, (2,), padding="CAUSAL"), steps)
-    layer("ConvTranspose", nn.ConvTranspose(2, (2, 2), (2, 2)), normal(1, 3, 3, 2))
     layer("LayerNorm", nn.LayerNorm(), x)
     layer("LayerNorm(mask)", nn.LayerNorm(), x, mask=normal(3, 4, seed=1) > -0.5)
     layer("RMSNorm", nn.RMSNorm(), x)
     layer("GroupNorm", nn.GroupNorm(num_groups=2), normal(2, 3, 4))
     layer("BatchNorm(train)", nn.BatchNorm(use_running_average=False), x, mutable=["batch_stats"])
     layer("BatchNorm(inference)", nn.BatchNorm(use_running_average=True), x)
-    layer("PReLU", nn.PReLU(), x)
-    layer("Embed", nn.Embed(5, 3), jnp.array([0, 3, 3]))
     layer("WeightNorm", nn.WeightNorm(nn.Dense(3)), x)
     layer("SpectralNorm", nn.SpectralNorm(nn.Dense(3)), x, mutable=["batch_stats"], update_stats=False)
-    layer("MultiHeadDotProductAttention", nn.MultiHeadDotProductAttention(2), steps)
-    layer(
-        "MultiHeadDotProductAttention(mask)",
-        nn.MultiHeadDotProductAttention(2),
-        steps,
-        mask=nn.make_causal_mask(jnp.ones((2, 3))),
-    )
-    carry = normal(2, 4, seed=1), normal(2, 4, seed=2)
-    layer("LSTMCell", nn.LSTMCell(4), carry, normal(2, 3))
-    layer("GRUCell", nn.GRUCell(4), carry[0], normal(2, 3))
-    layer("RNN(GRUCell)", nn.RNN(nn.GRUCell(3)), steps)
-    layer("RNN(GRUCell, seq_lengths)", nn.RNN(nn.GRUCell(3)), steps, seq_lengths=jnp.array([1, 3]))
 
 
 def of_equinox() -> None:
@@ -556,27 +319,10 @@ def of_equinox() -> None:
 
     en = eqx.nn
     layer("Linear", en.Linear(4, 3, key=key), x)
-    layer("Conv2d", en.Conv2d(2, 3, 2, key=key), image)
-    layer("ConvTranspose2d", en.ConvTranspose2d(2, 3, 2, 2, key=key), normal(2, 3, 3))
     layer("LayerNorm", en.LayerNorm(4), x)
-    layer("RMSNorm", en.RMSNorm(4), x)
-    layer("GroupNorm", en.GroupNorm(2, 4), normal(4, 3))
     layer("GRUCell", en.GRUCell(3, 4, key=key), normal(3), x)
-    layer("LSTMCell", en.LSTMCell(3, 4, key=key), normal(3), (x, normal(4, seed=1)))
-    layer("MultiheadAttention", en.MultiheadAttention(2, 4, key=key), normal(3, 4), normal(3, 4, seed=1), normal(3, 4, seed=2))
-    mask = jnp.array([[True, False, True], [True, True, False], [False, True, True]])
-    layer(
-        "MultiheadAttention(mask)",
-        en.MultiheadAttention(2, 4, key=key),
-        normal(3, 4),
-        normal(3, 4, seed=1),
-        normal(3, 4, seed=2),
-        mask,
-    )
-    layer("PReLU", en.PReLU(), x)
-    layer("RotaryPositionalEmbedding", en.RotaryPositionalEmbedding(4), normal(3, 4))
     layer("WeightNorm", en.WeightNorm(en.Linear(4, 3, key=key)), x)
-    for name in ("MaxPool2d", "AvgPool2d"):
+    for name in ("MaxPool2d",):
         layer(name, getattr(en, name)(2, 2), image)
         layer(f"{name}(padding)", getattr(en, name)(2, 2, padding=1), image)
     layer("AdaptiveAvgPool2d", en.AdaptiveAvgPool2d(2), image)
@@ -600,7 +346,7 @@ def of_equinox() -> None:
     )
 
 
-FAMILIES = (of_jax_nn, of_jax_numpy, of_linalg, of_special, of_stats, of_lax, of_jax_others, of_optax, of_flax, of_equinox)
+FAMILIES = (of_jax_nn, of_jax_numpy, of_linalg, of_special, of_lax, of_jax_others, of_optax, of_flax, of_equinox)
 
 
 # ------------------------------------------------------------------------------------------------------------ running
@@ -609,7 +355,6 @@ FAMILIES = (of_jax_nn, of_jax_numpy, of_linalg, of_special, of_stats, of_lax, of
 def survey(entry: Entry, checks: Sequence[str]) -> dict[str, Any]:
     """What check finds in a function, as data: its findings, its notes, or what it raised."""
     started = time.monotonic()
-    checks = [c for c in checks if c != "edges" or not any(part in entry.name for part in SVD)]
     result: dict[str, Any] = {"findings": [], "notes": [], "raised": None}
     try:
         with warnings.catch_warnings():
@@ -737,8 +482,8 @@ def markdown(data: dict[str, Any], told: Sequence[Explanation]) -> str:
     lines += [
         "A finding of *edges* names the first edge that tells; a function may have others of the same cause. An example does",
         "without the checker; it needs `jax`, `jnp = jax.numpy`, `jsp = jax.scipy`, `lax = jax.lax`, `np`, `nn = flax.linen`,",
-        "`optax` and `eqx = equinox`, and its outcome is of this run. Functions with a singular value decomposition are not",
-        "asked for edges: LAPACK never returns from infinite values there",
+        "`optax` and `eqx = equinox`, and its outcome is of this run. No infinities are among the edges of a program with a",
+        "loop or a singular value decomposition: LAPACK never returns from infinite values there",
         "([lapack issue 1409](https://github.com/Reference-LAPACK/lapack/issues/1409)).",
         "",
     ]

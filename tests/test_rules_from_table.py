@@ -291,10 +291,21 @@ def test_the_halves_by_hand_are_the_vjp(rule, sample):
             assert (d.dtype, d.shape) == (call.floats[name].dtype, call.floats[name].shape)
 
 
+OTHER_ARGUMENTS = ("low precision", "edges", "jacobian")  # they compile most
+
+
 @pytest.mark.parametrize(("rule", "sample"), cases(every=False))
-def test_check_is_clean_at_full_depth(rule, sample):
-    """Other values, dtypes and shapes, transformations, second order, eight devices, retraces, saved bytes."""
-    report = Call.of(rule, sample).check(checks=tuple(THOROUGH))
+def test_check_is_clean_under_transformations(rule, sample):
+    """vmap, scan, cond, checkpoint, eager, second order, eight devices, retraces, saved bytes."""
+    report = Call.of(rule, sample).check(checks=[name for name in THOROUGH if name not in OTHER_ARGUMENTS])
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "sample"), cases(every=False))
+def test_check_is_clean_with_other_arguments(rule, sample):
+    """bfloat16 and float16 at several magnitudes, edge values, short axes, the whole Jacobian."""
+    report = Call.of(rule, sample).check(checks=OTHER_ARGUMENTS)
     assert report.ok, f"\n{report}"
 
 
