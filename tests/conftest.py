@@ -21,3 +21,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+_FORGET = 150  # tests; compiled programs of thousands of tests would fill the memory and slow down the rest
+_run = 0
+
+
+def pytest_runtest_teardown(item):
+    global _run
+    _run += 1
+    if _run % _FORGET == 0:
+        jax.clear_caches()
