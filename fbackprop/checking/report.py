@@ -60,7 +60,8 @@ class Report:
         return not self.findings
 
     def __str__(self) -> str:
-        verdict = "ok" if self.ok else f"{len(self.findings)} findings"
+        count = len(self.findings)
+        verdict = f"{count} finding{'s' * (count != 1)}" if count else "ok"
         lines = [f"check of {self.name} against {self.reference}: {verdict}"]
         if self.errors:
             rows: list[tuple[Any, ...]] = [
