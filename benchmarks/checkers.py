@@ -24,7 +24,6 @@ import os
 import pathlib
 import platform
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -46,6 +45,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 import bank  # type: ignore[import-not-found]
 
 from fbackprop.checking import check
+from fbackprop.training.files import write_atomically
 
 CAUGHT, MISSED, BOTH, UNTOLD = "caught", "missed", "both", "-"
 CHECKERS = ("fbackprop", "check_grads", "chex", "gradcheck")
@@ -395,15 +395,6 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join([title(result), *([result["note"]] if result["note"] else []), table, *told]) + "\n"
 
 
-def write_atomically(path: str, text: str) -> None:
-    """All or nothing: a reader never sees half a file."""
-    target = pathlib.Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.name, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)  # temporary files are for their owner alone
-    os.replace(file.name, target)
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="entries with one of these in their name; by default all")
@@ -430,9 +421,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if result["note"]:
         console.print(result["note"])
     if options.json:
-        write_atomically(options.json, json.dumps(result, indent=1) + "\n")
+        write_atomically(pathlib.Path(options.json), (json.dumps(result, indent=1) + "\n").encode())
     if options.markdown:
-        write_atomically(options.markdown, markdown(result))
+        write_atomically(pathlib.Path(options.markdown), markdown(result).encode())
     return result
 
 

@@ -31,6 +31,7 @@ from rich.table import Table
 from fbackprop import ops  # noqa: F401  (fills RULES)
 from fbackprop.checking.mutation import Outcome, judge_rule
 from fbackprop.rules import RULES
+from fbackprop.training.files import write_atomically
 
 EXPLANATIONS = pathlib.Path(__file__).with_name("equivalent_mutants.json")
 LIMIT = 150  # mutants of a rule
@@ -117,13 +118,6 @@ def cells(r: Row) -> list[str]:
     return [r.name, *map(str, counts), f"{100 * r.share:.2f} %", f"{r.seconds:.0f}"]
 
 
-def write(path: str, text: str) -> None:
-    """The whole file or the one that was there."""
-    partial = f"{path}.{os.getpid()}.partial"
-    pathlib.Path(partial).write_text(text)
-    os.replace(partial, path)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAMES", help="rules; by default all")
@@ -154,10 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if options.json:
         record: dict[str, Any] = {"machine": machine, "rows": [dataclasses.asdict(r) for r in rows]}
-        write(options.json, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(pathlib.Path(options.json), (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     if options.markdown:
         lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(r) for r in [*rows, everything])]
-        write(options.markdown, f"{machine}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+        table_text = f"{machine}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        write_atomically(pathlib.Path(options.markdown), table_text.encode())
     return int(bool(everything.survivors) or everything.share < SHARE)
 
 

@@ -30,7 +30,6 @@ import os
 import pathlib
 import platform
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +48,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fbackprop.checking import CHECKS, check
+from fbackprop.training.files import write_atomically
 
 FURTHER = ("low precision", "edges", "jacobian", "transformations", "second order")
 VERDICTS = ("weakness", "choice", "edge of the domain")
@@ -385,15 +385,6 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(path: str, text: str) -> None:
-    """All of it or nothing."""
-    target = pathlib.Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.name, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, target)
-
-
 # --------------------------------------------------------------------------------------------------------- explanations
 
 
@@ -532,7 +523,7 @@ def run(entries: Sequence[Entry], checks: Sequence[str], data: dict[str, Any], p
             if entry.name not in data["functions"]:
                 data["functions"][entry.name] = result = survey(entry, checks)
                 if path:
-                    write(path, json.dumps(data, indent=1))
+                    write_atomically(pathlib.Path(path), json.dumps(data, indent=1).encode())
                 if not console.is_terminal:
                     print(
                         f"{entry.name}: {result['seconds']} s, {len(result['findings'])} findings", file=sys.stderr, flush=True
@@ -592,7 +583,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not found and not options.only and not options.quick:
             print(f"an explanation without a finding: {e.title}")
     if options.markdown:
-        write(options.markdown, markdown(data, told))
+        write_atomically(pathlib.Path(options.markdown), markdown(data, told).encode())
     results = data["functions"].values()
     raised = sum(r["raised"] is not None for r in results)
     clean, findings = sum(not r["findings"] and not r["raised"] for r in results), sum(len(r["findings"]) for r in results)

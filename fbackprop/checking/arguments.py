@@ -14,8 +14,8 @@ import numpy as np
 
 from fbackprop.checking.checks import elementwise, judge, relative_tolerances
 from fbackprop.checking.definition import primitives_of
-from fbackprop.checking.examination import Examination, is_floating
-from fbackprop.checking.programs import gather
+from fbackprop.checking.examination import Examination
+from fbackprop.checking.programs import gather, is_floating
 from fbackprop.checking.report import Finding
 
 __all__ = ["edges", "jacobian", "low_precision"]

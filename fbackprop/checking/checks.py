@@ -61,6 +61,21 @@ def _rows(evidence: Evidence, kinds: Sequence[str]) -> list[int]:
     return [k for k, kind in enumerate(evidence.kinds) if kind in kinds]
 
 
+def _tolerance(evidence: Evidence, leaf: int, rows: list[int]) -> float:
+    """What the cotangent of a leaf may err by, over these cotangents of y."""
+    truth, theirs = evidence.truth[leaf][rows], evidence.theirs[leaf][rows]
+    return tolerance_of(truth, theirs, evidence.subject.floats[leaf].dtype, _slack(evidence, leaf, rows))
+
+
+def _normal(evidence: Evidence) -> Iterator[tuple[int, str, Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each leaf its number, name and type, and over the normal cotangents of y: ours, that of ``jax.grad``, the truth, and
+    where all three are numbers."""
+    rows = _rows(evidence, NORMAL)
+    for i, (name, leaf) in enumerate(zip(evidence.subject.names, evidence.subject.floats)):
+        ours, theirs, truth = (e[i][rows] for e in (evidence.ours, evidence.theirs, evidence.truth))
+        yield i, name, leaf, ours, theirs, truth, np.isfinite(ours) & np.isfinite(theirs) & representable(truth, leaf.dtype)
+
+
 def elementwise(
     evidence: Evidence, check: str, kinds: Sequence[str], relative: Sequence[float] | None = None
 ) -> Iterator[Finding]:
@@ -68,7 +83,7 @@ def elementwise(
     rows = _rows(evidence, kinds)
     for i, (name, leaf) in enumerate(zip(evidence.subject.names, evidence.subject.floats)):
         ours, theirs, truth = (e[i][rows] for e in (evidence.ours, evidence.theirs, evidence.truth))
-        tolerance = tolerance_of(truth, theirs, leaf.dtype, _slack(evidence, i, rows))
+        tolerance = _tolerance(evidence, i, rows)
         if relative is not None:
             tolerance = max(tolerance, relative[i] * largest(truth))
         error, index = worst_of(ours, truth, leaf.dtype)
@@ -105,10 +120,8 @@ def _second_opinion(evidence: Evidence, leaf: int, rows: Sequence[int]) -> float
 def relative_tolerances(evidence: Evidence) -> list[float]:
     """Of each leaf, by its largest element."""
     rows, tolerances = _rows(evidence, NORMAL), []
-    for i, leaf in enumerate(evidence.subject.floats):
-        truth, theirs = evidence.truth[i][rows], evidence.theirs[i][rows]
-        tolerance = tolerance_of(truth, theirs, leaf.dtype, _slack(evidence, i, rows))
-        tolerances.append(tolerance / (largest(truth) or 1.0))
+    for i in range(len(evidence.subject.floats)):
+        tolerances.append(_tolerance(evidence, i, rows) / (largest(evidence.truth[i][rows]) or 1.0))
     return tolerances
 
 
@@ -125,9 +138,8 @@ def allowed_between(evidence: Evidence, leaf: int | None, output: int | None, va
     dtype, rows = evidence.subject.floats[leaf].dtype, _rows(evidence, NORMAL)
     allowed = 8 * eps_of(dtype) * largest(value)
     if evidence.subject.exact:
-        truth, theirs = evidence.truth[leaf][rows], evidence.theirs[leaf][rows]
-        allowed = max(allowed, 2 * tolerance_of(truth, theirs, dtype, _slack(evidence, leaf, rows)))
-        if not truth.any():  # all of it cancels: what is left is rounding, of the size of what cancelled
+        allowed = max(allowed, 2 * _tolerance(evidence, leaf, rows))
+        if not evidence.truth[leaf][rows].any():  # all of it cancels: what is left is rounding, of the size of what cancelled
             allowed = max(allowed, 8 * eps_of(dtype) * _ordinary(evidence, leaf, rows))
     return allowed
 
@@ -270,9 +282,7 @@ def _rms(evidence: Evidence) -> Iterator[Finding]:
     if not _compared(evidence):
         return
     rows = _rows(evidence, NORMAL)
-    for i, (name, leaf) in enumerate(zip(evidence.subject.names, evidence.subject.floats)):
-        ours, theirs, truth = (e[i][rows] for e in (evidence.ours, evidence.theirs, evidence.truth))
-        usable = np.isfinite(ours) & np.isfinite(theirs) & representable(truth, leaf.dtype)
+    for i, name, leaf, ours, theirs, truth, usable in _normal(evidence):
         scale = largest(truth)
         if usable.sum() < POOL or scale < float(jnp.finfo(leaf.dtype).tiny):
             continue
@@ -300,9 +310,7 @@ def _sums(evidence: Evidence) -> Iterator[Finding]:
     if not _compared(evidence):
         return
     rows = _rows(evidence, NORMAL)
-    for i, (name, leaf) in enumerate(zip(evidence.subject.names, evidence.subject.floats)):
-        ours, theirs, truth = (e[i][rows] for e in (evidence.ours, evidence.theirs, evidence.truth))
-        usable = np.isfinite(ours) & np.isfinite(theirs) & representable(truth, leaf.dtype)
+    for i, name, leaf, ours, theirs, truth, usable in _normal(evidence):
         if leaf.size < 2 or not usable.all():
             continue
         axes: list[Any] = [(axis + 1,) for axis in range(leaf.ndim)] + (

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from fbackprop.checking.measures import largest
 from fbackprop.checking.subject import Subject
 
-__all__ = ["STEP", "Arrays", "Differences", "along_directions", "as_numpy", "by_differences", "largest_of", "typical"]
+__all__ = ["STEP", "Arrays", "Differences", "along_directions", "as_numpy", "by_differences", "typical"]
 
 DIRECTIONS = 2  # of finite differences, for each argument and for all together
 STEP = 2.0**-16  # of finite differences, relative to the arguments
@@ -54,7 +55,7 @@ def along_directions(
     values = [p.reshape(len(parts), len(OFFSETS), *p.shape[1:]) for p in as_numpy(points)]
     compare, masked = [], []
     for i, part in enumerate(parts):
-        where = "all arguments" if part is None else _argument(subject, part)
+        where = "all arguments" if part is None else subject.argument_name(part)
         slopes, smooth, truncated = zip(*(_slopes(v[i]) for v in values))
         masked.append([np.where(s, np.asarray(dy[i % 2], np.float64), 0.0) for s, dy in zip(smooth, dys)])
 
@@ -71,7 +72,7 @@ def along_directions(
             measured = sum(float(t.sum()) for t in terms)
             true = sum(float((t[index] * d[i]).sum()) for t, d in zip(truth, directions))
             size = sum(float(np.abs(t).sum()) for t in terms)
-            rounding = sum(float((np.abs(m) * largest_of(v[i])).sum()) for m, v in zip(masked[i], values)) * 2.0**-52 / STEP
+            rounding = sum(float((np.abs(m) * largest(v[i])).sum()) for m, v in zip(masked[i], values)) * 2.0**-52 / STEP
             # What the next term of the series is worth: all there is where the slope itself is zero.
             beyond = sum(float((np.abs(m) * np.where(s, t, 0.0)).sum()) for m, s, t in zip(masked[i], smooth, truncated))
             kinks = sum(int((~s).sum()) for s in smooth)
@@ -91,7 +92,7 @@ def _slopes(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         far, near = (right - left) / (2 * STEP), (near_right - near_left) / STEP
         bend = np.abs((right - middle) - (middle - left)) / STEP
         near_bend = np.abs((near_right - middle) - (middle - near_left)) / (STEP / 2)
-        scale = np.abs(near).max(initial=0.0, where=np.isfinite(near)) + 2.0**-52 / STEP * 64 * largest_of(y)
+        scale = np.abs(near).max(initial=0.0, where=np.isfinite(near)) + 2.0**-52 / STEP * 64 * largest(y)
         agree = np.abs(far - near) <= 1e-5 * scale
         sides = (near_bend <= 1e-6 * scale) | ((near_bend >= 0.4 * bend) & (near_bend <= 0.6 * bend))
         return near, agree & sides & np.isfinite(near), np.abs(far - near)
@@ -123,14 +124,6 @@ def by_differences(subject: Subject, programs: Any, wide: Arrays, arrays: Any, d
     ends = np.cumsum([w.size for w in wide])
     truth = [part.reshape(rows, *w.shape) / typical(w) for part, w in zip(np.split(total, ends[:-1], axis=1), wide)]
     return [v[0] for v in values], truth
-
-
-def _argument(subject: Subject, group: int) -> str:
-    return ", ".join(n for n, g in zip(subject.names, subject.groups) if g == group)
-
-
-def largest_of(array: np.ndarray) -> float:
-    return float(np.abs(array).max(initial=0.0, where=np.isfinite(array)))
 
 
 def typical(array: np.ndarray) -> float:

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fbackprop.checking.programs import Evidence
+from fbackprop.checking.programs import Evidence, is_floating
 from fbackprop.checking.report import Finding
 from fbackprop.checking.subject import Subject
 
-__all__ = ["Check", "Examination", "is_floating", "other", "vjp"]
+__all__ = ["Check", "Examination", "other", "vjp"]
 
 
 @dataclasses.dataclass
@@ -25,10 +25,6 @@ class Examination:
 
 
 Check = Callable[[Examination], Iterator[Finding]]
-
-
-def is_floating(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def vjp(flat: Callable[..., Any], floats: Any, arrays: Any, dy: Any) -> tuple[Any, Any]:

@@ -29,12 +29,12 @@ from fbackprop.checking.differences import (
     along_directions,
     as_numpy,
     by_differences,
-    largest_of,
     typical,
 )
+from fbackprop.checking.measures import largest
 from fbackprop.checking.subject import Call, Subject
 
-__all__ = ["Evidence", "cotangents_of_integers", "first_line", "float64_on_cpu", "gather"]
+__all__ = ["Evidence", "cotangents_of_integers", "first_line", "float64_on_cpu", "gather", "is_floating"]
 
 POOL = 4096  # elements that the root mean square is taken over, at least
 ONE_HOTS = 6  # for each output
@@ -189,7 +189,7 @@ def cotangents_of_integers(subject: Subject) -> Iterator[tuple[str, str]]:
         args = inspect.signature(rule.fun).bind(*args, **keywords).args
         y, saved = rule.fwd(*args)
         one = jax.tree.map(
-            lambda leaf: jnp.ones_like(leaf) if _is_floating(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0), y
+            lambda leaf: jnp.ones_like(leaf) if is_floating(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0), y
         )
         cotangents = rule.bwd(saved, one)
     except Exception:  # the check "runs" tells of it
@@ -197,10 +197,10 @@ def cotangents_of_integers(subject: Subject) -> Iterator[tuple[str, str]]:
     labels = [p.name for p in inspect.signature(rule.fun).parameters.values()]
     for i, (arg, cotangent) in enumerate(zip(args, cotangents)):
         leaves = jax.tree.leaves(arg)
-        if not leaves or any(map(_is_floating, leaves)):
+        if not leaves or any(map(is_floating, leaves)):
             continue
         for leaf in jax.tree.leaves(cotangent):
-            if _is_floating(leaf) and np.any(np.asarray(leaf) != 0):
+            if is_floating(leaf) and np.any(np.asarray(leaf) != 0):
                 yield (
                     labels[i] if i < len(labels) else f"args[{i}]",
                     f"it is no floating-point array, but the backward returns {leaf.dtype}{list(leaf.shape)} for it, which JAX "
@@ -208,7 +208,7 @@ def cotangents_of_integers(subject: Subject) -> Iterator[tuple[str, str]]:
                 )
 
 
-def _is_floating(leaf: Any) -> bool:
+def is_floating(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
@@ -260,9 +260,9 @@ def _kept(make: Callable[..., dict[str, Any]], *key: Any) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- their arguments
 
 
-def _cotangents(rng: np.random.Generator, outputs: Sequence[Any], largest: int) -> tuple[tuple[str, ...], Arrays]:
+def _cotangents(rng: np.random.Generator, outputs: Sequence[Any], elements: int) -> tuple[tuple[str, ...], Arrays]:
     """Cotangents of y, stacked: enough normal ones to pool POOL elements of the largest leaf, then special ones."""
-    normals = int(np.clip(-(-POOL // max(largest, 1)), 2, 128))
+    normals = int(np.clip(-(-POOL // max(elements, 1)), 2, 128))
     kinds = ["normal"] * normals
     drawn = [[rng.normal(size=o.shape) for o in outputs] for _ in range(normals)]
     for which in [i for i, o in enumerate(outputs[:4]) if o.size for _ in range(ONE_HOTS)]:
@@ -295,7 +295,7 @@ def _slack_of_float64(subject: Subject, arrays: Any, wide_dys: Arrays, count: in
     ratio = 2.0**-29
     with np.errstate(all="ignore"):
         slack = [np.abs(a - b)[:count] * ratio for a, b in zip(as_numpy(rounded), as_numpy(true))]
-        return slack, [largest_of(a - b) * ratio for a, b in zip(as_numpy(y), as_numpy(true_y))]
+        return slack, [largest(a - b) * ratio for a, b in zip(as_numpy(y), as_numpy(true_y))]
 
 
 def _smooth(rng: np.random.Generator, programs: Any, wide: Arrays, arrays: Any, dys: Arrays, truth: Arrays) -> Arrays:
@@ -306,7 +306,7 @@ def _smooth(rng: np.random.Generator, programs: Any, wide: Arrays, arrays: Any, 
     right, left = (as_numpy(gradient) for gradient in near)
     with np.errstate(all="ignore"):
         three = [np.stack(beside) for beside in zip(right, truth, left)]
-        jumps = [~(np.ptp(beside, axis=0) <= 1e-3 * largest_of(beside)).all(0) for beside in three]
+        jumps = [~(np.ptp(beside, axis=0) <= 1e-3 * largest(beside)).all(0) for beside in three]
     return [np.where(jump, np.nan, t) for jump, t in zip(jumps, truth)]
 
 
@@ -329,7 +329,7 @@ def _nudged(
 def _relative(values: Arrays, truth: Arrays) -> float:
     """What the value errs by, relative to its largest element: all that is known of the precision of a foreign program."""
     with np.errstate(all="ignore"):
-        return max((largest_of(v - t) / (largest_of(t) or 1.0) for v, t in zip(values, truth)), default=0.0)
+        return max((largest(v - t) / (largest(t) or 1.0) for v, t in zip(values, truth)), default=0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ arrays

@@ -78,6 +78,10 @@ class Subject:
     def arguments(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(self.groups))
 
+    def argument_name(self, group: int) -> str:
+        """The names of the leaves of one argument."""
+        return ", ".join(name for name, g in zip(self.names, self.groups) if g == group)
+
     @property
     def custom(self) -> Any:
         """The jax.custom_vjp or jax.custom_jvp that is under test, if the function is one or wraps one."""

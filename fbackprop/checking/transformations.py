@@ -134,9 +134,8 @@ def _transformed(subject: Subject, dy: Any) -> dict[str, Callable[..., Any]]:
     }  # fmt: skip
     no_arrays = [False] * len(arrays)
     for group in subject.arguments:
-        label = ", ".join(n for n, g in zip(subject.names, subject.groups) if g == group)
         chosen = [*(g == group for g in subject.groups), *no_arrays]
-        table[f"under jax.vmap over {label}"] = functools.partial(vmap, chosen=chosen)
+        table[f"under jax.vmap over {subject.argument_name(group)}"] = functools.partial(vmap, chosen=chosen)
     for i, name in enumerate(subject.array_names):
         chosen = [*(False for _ in floats), *(j == i for j in range(len(arrays)))]
         table[f"under jax.vmap over {name}"] = functools.partial(vmap, chosen=chosen)
