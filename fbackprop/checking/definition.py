@@ -20,7 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]  (since 0.12 another name of Jaxpr)
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+)
 
 __all__ = ["Definition", "definition_of", "primitives_of"]
 

@@ -27,7 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Literal, Var
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]  (since 0.12 another name of Jaxpr)
+    Literal,
+    Var,
+)
 
 from fbackprop.checking import CHECKS, check
 from fbackprop.checking.variants import (
