@@ -56,6 +56,8 @@ class Rule:
     samples: tuple[Sample, ...] = ()
     workloads: tuple[Sample, ...] = ()
     keeps: str = ""  # what is kept for the backward, in words, for the table of rules
+    minimum: Callable[..., int] | None = None  # the bytes a backward has to keep; a formula in arguments and y, by name
+    recomputes: str = ""  # what the backward computes again by design, in words
 
     @functools.cached_property
     def signature(self) -> inspect.Signature:
@@ -74,6 +76,13 @@ class Rule:
     @functools.cached_property
     def op(self) -> "Op[..., Any]":
         return _make_op(self)
+
+    def minimum_bytes(self, y: Any, dynamic: Sequence[Any], static: Sequence[Any]) -> int | None:
+        """The least that any backward has to keep for a call with this output, arguments included; None if nobody has told."""
+        if self.minimum is None:
+            return None
+        known = {"y": y, **dict(zip(self.arguments, dynamic)), **dict(zip(self.static, static))}
+        return int(self.minimum(**{n: known[n] for n in inspect.signature(self.minimum).parameters}))
 
     @property
     def formula(self) -> str:
@@ -179,6 +188,8 @@ def rule(
     samples: Sequence[Sample] = (),
     workloads: Sequence[Sample] = (),
     keeps: str = "",
+    minimum: Callable[..., int] | None = None,
+    recomputes: str = "",
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Registers the decorated function, whose body is the definition, with the backward written by hand.
 
@@ -191,6 +202,9 @@ def rule(
       exact: False for a rule that is meant to differ from the gradient of the definition.
       samples: inputs that the tests use. workloads: inputs that the benchmarks use.
       keeps: what is kept for the backward, in words.
+      minimum: the bytes that any backward has to keep, arguments included, as a function of any of the arguments (arrays or
+        ``jax.ShapeDtypeStruct``) and of the output ``y``, by name.
+      recomputes: what the backward computes again by design, in words; benchmarks then compare with ``jax.checkpoint``.
     Raises:
       TypeError: at import, where the signatures of the functions do not fit each other.
     """
@@ -198,7 +212,7 @@ def rule(
     def register(reference: Callable[P, R]) -> Op[P, R]:
         record = Rule(
             reference.__name__, reference, forward, backward, tuple(static), primal, exact, tuple(samples),
-            tuple(workloads), keeps,
+            tuple(workloads), keeps, minimum, recomputes,
         )  # fmt: skip
         _check_signatures(record)
         RULES[record.name] = record
@@ -448,6 +462,7 @@ def elementwise(
     samples: Sequence[Sample] | None = None,
     workloads: Sequence[Sample] | None = None,
     keeps: str = "",
+    minimum: Callable[..., int] | None = None,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """The one-line form of a rule: ``@elementwise(lambda y: y * (1 - y))`` over ``def sigmoid(x)``.
 
@@ -456,7 +471,7 @@ def elementwise(
         as a function of any of the arguments and of the output ``y``, by name. What no derivative names is not kept.
         They compute in float32 or wider, and a smaller argument that was broadcast receives the sum.
       narrow: the derivatives to use where x is narrower than float32: a rounded y may say less than x does.
-      static, exact, samples, workloads, keeps: as for ``rule``. By default arrays that suit a function of one argument.
+      static, exact, samples, workloads, keeps, minimum: as for ``rule``. By default arrays that suit a function of one argument.
     """
 
     def register(reference: Callable[P, R]) -> Op[P, R]:
@@ -516,6 +531,7 @@ def elementwise(
             samples=[sample(normal(5, 7)), sample(normal(9, scale=4.0)), sample(normal())] if samples is None else samples,
             workloads=sizes if workloads is None else workloads,
             keeps=keeps or (used if used == less else f"{used} ({less} below float32)"),
+            minimum=minimum,
         )(reference)
 
     return register

@@ -53,6 +53,11 @@ def count(shape: Sequence[int], axes: Sequence[int]) -> int:
     return math.prod(shape[a] for a in axes)
 
 
+def nbytes(*arrays: Any) -> int:
+    """Bytes of arrays, or of jax.ShapeDtypeStruct; None has none. For the formula of what a backward has to keep."""
+    return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in arrays if a is not None)
+
+
 def batched(array: jax.Array, keep: int) -> jax.Array:
     """All but the last ``keep`` axes as one. (``reshape(-1, …)`` cannot tell its length where another axis is empty.)"""
     lead = array.ndim - keep
