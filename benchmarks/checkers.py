@@ -45,7 +45,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 import bank  # type: ignore[import-not-found]
 
 from fbackprop.checking import check
-from fbackprop.training.files import write_atomically
+from fbackprop.files import write_atomically
 
 CAUGHT, MISSED, BOTH, UNTOLD = "caught", "missed", "both", "-"
 CHECKERS = ("fbackprop", "check_grads", "chex", "gradcheck")

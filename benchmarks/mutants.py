@@ -30,8 +30,8 @@ from rich.table import Table
 
 from fbackprop import ops  # noqa: F401  (fills RULES)
 from fbackprop.checking.mutation import Outcome, judge_rule
+from fbackprop.files import write_atomically
 from fbackprop.rules import RULES
-from fbackprop.training.files import write_atomically
 
 EXPLANATIONS = pathlib.Path(__file__).with_name("equivalent_mutants.json")
 LIMIT = 150  # mutants of a rule

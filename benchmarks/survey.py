@@ -48,7 +48,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fbackprop.checking import CHECKS, check
-from fbackprop.training.files import write_atomically
+from fbackprop.files import write_atomically
 
 FURTHER = ("low precision", "edges", "jacobian", "transformations", "second order")
 VERDICTS = ("weakness", "choice", "edge of the domain")

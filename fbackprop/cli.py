@@ -1,17 +1,15 @@
 """The command ``fbackprop``. A subcommand is a function that adds its parser; what it runs is imported when it runs."""
 
 import argparse
-import ast
 import contextlib
-import math
-import os
-import pathlib
-import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
+
+from fbackprop.cli_bench import bench
+from fbackprop.options import FLOATS, array, checks, dtype, file, positive, static, whole
 
 __all__ = ["main"]
 
@@ -92,13 +90,13 @@ def _train(subparsers: Any) -> None:
     parser.epilog = _TRAIN_END
     add = parser.add_argument
     add("preset", metavar="PRESET", help="a preset, or the path of an .npz or CSV file")
-    add("--steps", type=_whole(1), metavar="N", help="how many steps; or")
-    add("--epochs", type=_whole(1), metavar="N", help="how many passes over the examples (default: the preset's)")
-    add("--batch", type=_whole(1), metavar="N", help="examples in a step (default: the preset's)")
-    add("--lr", type=_positive, metavar="RATE", help="learning rate, the peak where it decays (default: the preset's)")
+    add("--steps", type=whole(1), metavar="N", help="how many steps; or")
+    add("--epochs", type=whole(1), metavar="N", help="how many passes over the examples (default: the preset's)")
+    add("--batch", type=whole(1), metavar="N", help="examples in a step (default: the preset's)")
+    add("--lr", type=positive, metavar="RATE", help="learning rate, the peak where it decays (default: the preset's)")
     add("--optimizer", metavar="NAME", help="sgd, momentum, adam, adamw, lion, rmsprop, … (default: the preset's)")
     add("--dtype", metavar="NAME", help="what to compute in: float32, bfloat16 (with float32 parameters) or float64")
-    add("--seed", type=_whole(0), metavar="N", help="decides initial weights, order and dropout (default: 0)")
+    add("--seed", type=whole(0), metavar="N", help="decides initial weights, order and dropout (default: 0)")
     add("--out", metavar="DIR", help="where the files go; it must not hold a run yet (default: a new runs/PRESET-N)")
     add("--resume", action="store_true", help="continue the run in DIR; --steps or --epochs may extend it")
     add("-h", "--help", action=_TrainHelp, nargs=0, default=argparse.SUPPRESS, help="show this message and exit")
@@ -128,16 +126,16 @@ def _check(subparsers: Any) -> None:
     add("targets", nargs="*", metavar="WHAT", help="an op, FILE.py::NAME or package.module:NAME")
     add("--all", action="store_true", help="every op of the library")
     add("--full", action="store_true", help="also other values, shapes, dtypes, transformations and 8 devices; slower")
-    add("--checks", type=_checks, metavar="A,B", help="only these checks (names below)")
-    add("--dtype", type=_dtype, default="float32", metavar="NAME", help=f"{', '.join(_FLOATS)} (default: float32)")
-    add("--seed", type=_whole(0), default=0, metavar="N", help="decides the random arrays (default: 0)")
-    add("--seeds", type=_whole(1), default=1, metavar="N", help="so many seeds, from --seed on (default: 1)")
-    add("--shape", type=_array, action="append", default=[], metavar="SHAPE", help="one positional argument; may be repeated")
+    add("--checks", type=checks, metavar="A,B", help="only these checks (names below)")
+    add("--dtype", type=dtype, default="float32", metavar="NAME", help=f"{', '.join(FLOATS)} (default: float32)")
+    add("--seed", type=whole(0), default=0, metavar="N", help="decides the random arrays (default: 0)")
+    add("--seeds", type=whole(1), default=1, metavar="N", help="so many seeds, from --seed on (default: 1)")
+    add("--shape", type=array, action="append", default=[], metavar="SHAPE", help="one positional argument; may be repeated")
     add("--args", metavar="NAME", help="a function in the same file that returns the arguments")
     add("--reference", metavar="NAME", help="the definition, in the same file")
-    add("--static", type=_static, action="append", default=[], metavar="NAME=VALUE", help="an option, as a Python literal")
+    add("--static", type=static, action="append", default=[], metavar="NAME=VALUE", help="an option, as a Python literal")
     add("--inexact", action="store_true", help="it is meant to differ from the gradient (straight-through)")
-    add("--json", type=_file, metavar="FILE", help="write what was found to this file, too")
+    add("--json", type=file, metavar="FILE", help="write what was found to this file, too")
     add("-v", "--verbose", action="store_true", help="the table of errors of what is right, too")
     add("-h", "--help", action=_CheckHelp, nargs=0, default=argparse.SUPPRESS, help="show this message and exit")
     parser.set_defaults(run=_run_check)
@@ -146,7 +144,7 @@ def _check(subparsers: Any) -> None:
 class _CheckHelp(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from fbackprop.checking import CHECKS, THOROUGH
-        from fbackprop.checking.command import ops
+        from fbackprop.loading import ops
 
         def lines(names: Any, indent: int) -> str:
             words = ", ".join(name.replace(" ", "-") for name in names)
@@ -164,13 +162,15 @@ def _run_check(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
-SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_train, _check)
+SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_train, _check, bench)
 """Each adds its parser, with the function that runs it as the default ``run``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments (by default those of the process) and returns its exit code."""
-    parser = _Parser(prog="fbackprop", description="Backpropagation by hand in JAX: train models, check backward passes.")
+    parser = _Parser(
+        prog="fbackprop", description="Backpropagation by hand in JAX: train models, check and measure backward passes."
+    )
     parser.add_argument("--version", action="version", version=f"fbackprop {version('fbackprop')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     for add in SUBCOMMANDS:
@@ -192,106 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _is_refusal(error: ValueError) -> bool:
     """Whether the error is a sentence for the person who gave the command, and no fault of the program."""
-    from fbackprop.checking.command import CheckError
     from fbackprop.data import DataError
+    from fbackprop.loading import Refusal
     from fbackprop.training import RunError
 
-    return isinstance(error, (CheckError, DataError, RunError))
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = None
-        if number is None or not least <= number < 2**31:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text!r}")
-        return number
-
-    return parse
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return number
-
-
-# ------------------------------------------------------------------------------------------------- the options of check
-
-_FLOATS = ("float32", "bfloat16", "float16", "float64")
-_INTEGERS = ("int32", "int8", "int16", "int64", "uint8", "uint16", "uint32", "uint64")
-_ARRAY = re.compile(r"(scalar|\(\)|\d+(?:,\d+)*)(?::(?!positive$|positive<)([a-z]\w*))?(:positive)?(?:<(\d+))?")
-
-
-def _known(what: str, name: str, known: Any) -> str:
-    """The name, refused where it is not known."""
-    from fbackprop.checking.command import near
-
-    if name not in known:
-        raise argparse.ArgumentTypeError(f"there is no {what} {name!r}{near(name, known)}")
-    return name
-
-
-def _dtype(text: str) -> str:
-    return _known("dtype", text, _FLOATS)
-
-
-def _checks(text: str) -> tuple[str, ...]:
-    """Names of checks with commas between; what is a space in a name may be a hyphen."""
-    from fbackprop.checking import DEPTHS
-
-    known = {name.replace(" ", "-"): name for name in DEPTHS["full"]}
-    return tuple(known[_known("check", name.strip().replace(" ", "-"), known)] for name in text.split(","))
-
-
-def _file(text: str) -> pathlib.Path:
-    path = pathlib.Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder, expected a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        why = "cannot be written to" if path.parent.is_dir() else "does not exist"
-        raise argparse.ArgumentTypeError(f"the folder {path.parent} {why}")
-    return path
-
-
-def _static(text: str) -> tuple[str, Any]:
-    """A name and a Python literal."""
-    name, equals, value = text.partition("=")
-    if not (equals and name.isidentifier()):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, such as axis=-1, got {text!r}")
-    try:
-        return name, ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError):
-        hint = f" (a string has quotes of its own: \"{name}='{value}'\")" if value.isidentifier() else ""
-        raise argparse.ArgumentTypeError(f"expected a Python literal for {name}, got {value!r}{hint}") from None
-
-
-def _array(text: str) -> tuple[Any, str | None]:
-    """How an array is drawn, and its dtype, None where it is not said."""
-    from fbackprop.samples import Spec
-
-    if text == "key":
-        return Spec("key"), None
-    match = _ARRAY.fullmatch(re.sub(r"\s*,\s*", ",", text.strip()))
-    if match is None:
-        kinds = "4,8 or scalar or 4,8:bfloat16 or 4,8:positive or '4:int32<10' or 4,8:bool or key"
-        raise argparse.ArgumentTypeError(f"expected such as {kinds}, got {text!r}")
-    shape, dtype, positive, below = tuple(map(int, re.findall(r"\d+", match[1]))), match[2], match[3], match[4]
-    _known("dtype", dtype or "float32", (*_FLOATS, *_INTEGERS, "bool"))
-    if dtype in _INTEGERS:
-        most = 2 ** min(31, int(dtype.strip("uint")) - (dtype[0] == "i")) - 1
-        if positive or not 1 <= int(below or 0) <= most:
-            raise argparse.ArgumentTypeError(f"integers are below a bound from 1 to {most}, as in '4:{dtype}<10', got {text!r}")
-        return Spec("labels", shape, high=int(below)), dtype
-    if below or (positive and dtype == "bool"):
-        suffix = f"<{below}" if below else "positive"
-        raise argparse.ArgumentTypeError(f"{suffix} is not for {dtype or 'floating-point numbers'}, in {text!r}")
-    if dtype == "bool":
-        return Spec("mask", shape, high=0.5), dtype
-    return (Spec("uniform", shape, 0.5, 1.5) if positive else Spec("normal", shape)), dtype
+    return isinstance(error, (Refusal, DataError, RunError))

@@ -7,14 +7,16 @@ into arrays: floating-point arrays take the dtype asked for, integers, masks and
 import dataclasses
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-__all__ = ["Sample", "Spec", "constant", "impossible", "key", "labels", "mask", "normal", "positive", "probabilities",
-           "sample", "uniform"]  # fmt: skip
+__all__ = ["Sample", "Spec", "arrays", "constant", "impossible", "key", "labels", "mask", "normal", "positive",
+           "probabilities", "sample", "uniform"]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,33 +32,34 @@ class Spec:
     def floating(self) -> bool:
         return self.kind not in ("labels", "mask", "key")
 
-    @property
-    def _third(self) -> jax.Array:
-        """Every third element, the same in all arrays of a shape."""
-        return jnp.arange(math.prod(self.shape)).reshape(self.shape) % 3 == 2
-
-    def make(self, rng: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        # Everything is drawn in 32 bits and then cast, so that the values agree between precisions.
+    def make(self, rng: np.random.Generator, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        # Drawn by NumPy, for which no program is compiled; in 32 bits and then cast, so that precisions agree.
         match self.kind:
             case "normal":
-                value = self.low + self.high * jax.random.normal(rng, self.shape, jnp.float32)
+                value = self.low + self.high * rng.standard_normal(self.shape, np.float32)
             case "uniform":
-                value = jax.random.uniform(rng, self.shape, jnp.float32, self.low, self.high)
+                value = self.low + (self.high - self.low) * rng.random(self.shape, np.float32)
             case "probabilities":
-                value = jax.nn.softmax(jax.random.normal(rng, self.shape, jnp.float32), axis=-1)
+                value = np.exp(rng.standard_normal(self.shape, np.float32))
+                value /= value.sum(-1, keepdims=True)
             case "impossible":
-                value = jnp.where(self._third, self.high, jax.random.uniform(rng, self.shape, jnp.float32))
+                third = np.arange(math.prod(self.shape)).reshape(self.shape) % 3 == 2
+                value = np.where(third, self.high, rng.random(self.shape, np.float32))
             case "constant":
-                value = jnp.full(self.shape, self.low, jnp.float32)
+                value = np.full(self.shape, self.low, np.float32)
             case "labels":
-                return jax.random.randint(rng, self.shape, int(self.low), int(self.high), jnp.int32)
+                return jnp.asarray(rng.integers(int(self.low), int(self.high), self.shape, np.int32))
             case "mask":
-                return jax.random.uniform(rng, self.shape, jnp.float32) < self.high
+                return jnp.asarray(rng.random(self.shape, np.float32) < self.high)
             case "key":
                 return jax.random.key(int(self.low))
             case _:
                 raise ValueError(f"samples: unknown kind of array {self.kind!r}.")
-        return value.astype(dtype)
+        return jnp.asarray(np.asarray(value, np.float32).astype(jnp.dtype(dtype)))
+
+    def shaped(self, dtype: DTypeLike = jnp.float32) -> jax.Array | jax.ShapeDtypeStruct:
+        """The array without its elements where it is a floating-point one: for asking what is kept of a large one."""
+        return jax.ShapeDtypeStruct(self.shape, jnp.dtype(dtype)) if self.floating else self.make(np.random.default_rng(0))
 
 
 def normal(*shape: int, mean: float = 0.0, scale: float = 1.0) -> Spec:
@@ -120,8 +123,7 @@ class Sample:
         def made(where: int | str, value: Any) -> Any:
             if not isinstance(value, Spec):
                 return value
-            rng = jax.random.fold_in(jax.random.key(seed), zlib.crc32(str(where).encode()))
-            return value.make(rng, dtype)
+            return value.make(np.random.default_rng([seed, zlib.crc32(str(where).encode())]), dtype)
 
         args = tuple(made(i, v) for i, v in enumerate(self.args))
         return args, {name: made(name, v) for name, v in self.options}
@@ -133,7 +135,9 @@ class Sample:
 
     def __str__(self) -> str:
         def one(value: Any) -> str:
-            return "×".join(map(str, value.shape)) or value.kind if isinstance(value, Spec) else repr(value)
+            if isinstance(value, Spec):
+                return "×".join(map(str, value.shape)) or value.kind
+            return getattr(value, "__name__", repr(value))
 
         parts = [one(v) for v in self.args] + [f"{n}={one(v)}" for n, v in self.options]
         return ", ".join(parts)
@@ -142,3 +146,14 @@ class Sample:
 def sample(*args: Any, note: str = "", dtype: str = "float32", **options: Any) -> Sample:
     """``sample(normal(4, 8), axis=-1)``: the arguments of one call, as data."""
     return Sample(args, tuple(options.items()), note, dtype)
+
+
+def arrays(specs: Sequence[tuple[Spec, DTypeLike | None]], dtype: DTypeLike, seed: int) -> tuple[jax.Array, ...]:
+    """An array for each spec, of the dtype that stands beside it, or else of ``dtype``."""
+
+    def made(i: int, spec: Spec, own: DTypeLike | None) -> jax.Array:
+        if spec.kind == "key":
+            return jax.random.fold_in(jax.random.key(seed), i)
+        return spec.make(np.random.default_rng([seed, i]), own or dtype).astype(own or dtype)
+
+    return tuple(made(i, spec, own) for i, (spec, own) in enumerate(specs))

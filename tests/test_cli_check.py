@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fbackprop
-from fbackprop import cli
+from fbackprop import options
 from fbackprop.checking import DEPTHS, Report, command
 from fbackprop.cli import main
 from fbackprop.rules import RULES
@@ -310,7 +310,7 @@ def test_full_and_float64(here, calls, monkeypatch):
     ],
 )
 def test_shapes(text, shape, dtype, low, high):
-    spec, named = cli._array(text)
+    spec, named = options.array(text)
     _, (array,), _ = command._of_specs(print, [(spec, named)], "float32", {}, 0)
     assert array.shape == shape
     assert array.dtype == dtype
@@ -322,7 +322,7 @@ def test_shapes(text, shape, dtype, low, high):
 
 
 def test_a_key_for_each_seed():
-    keys = [command._of_specs(print, [cli._array("key"), cli._array("key")], "float32", {}, seed)[1] for seed in (0, 1)]
+    keys = [command._of_specs(print, [options.array("key"), options.array("key")], "float32", {}, seed)[1] for seed in (0, 1)]
     data = [tuple(jax.random.key_data(key).tolist()) for pair in keys for key in pair]
     assert len(set(data)) == 4
     assert jnp.issubdtype(keys[0][0].dtype, jax.dtypes.prng_key)

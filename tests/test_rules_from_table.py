@@ -1,6 +1,8 @@
 """Tests that every rule gets by standing in RULES. Adding an op adds its tests; nothing here names an op.
 
-By default each rule runs in float32 on all of its samples and in the other dtypes on its first; ``--slow`` runs all.
+By default each rule runs in float32 on all of its samples and in bfloat16 on its first; ``--slow`` runs the other dtypes
+too. Rules of the one-line form are formulas in one and the same code: what that code decides, how it behaves under vmap and
+the like, is by default tested on some of them.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ import optax
 import pytest
 
 import fbackprop
-from fbackprop import ops
+from fbackprop import ops, rules
 from fbackprop.checking import THOROUGH, check
 from fbackprop.context import without_rules
 from fbackprop.measuring import saved_bytes
@@ -28,13 +30,18 @@ from fbackprop.samples import Spec
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def cases(dtypes=("float32",), every=True):
-    """Each rule × sample × dtype; beyond the first sample, dtypes other than float32 are slow."""
+ONE_LINE = [rule for rule in RULES.values() if rule.forward.__module__ == rules.__name__]
+
+
+def cases(dtypes=("float32",), every=True, some=False):
+    """Each rule × sample × dtype. Slow are: dtypes other than float32 beyond the first sample, float16, float64, without
+    ``every`` all samples beyond the first, and with ``some`` most rules of the one-line form."""
     found = []
     for rule in RULES.values():
         for number, sample in enumerate(rule.samples):
             for dtype in dtypes:
-                slow = number > 0 and not (every and dtype == "float32")
+                slow = (number > 0 and not (every and dtype == "float32")) or dtype in ("float16", "float64")
+                slow = slow or (some and rule in ONE_LINE[3:])
                 label = "-".join([rule.name, f"[{sample}]", *([dtype] if len(dtypes) > 1 else [])])
                 given = (rule, sample, dtype) if len(dtypes) > 1 else (rule, sample)
                 found.append(pytest.param(*given, id=label, marks=[pytest.mark.slow] if slow else []))
@@ -59,9 +66,19 @@ class Call:
         dynamic, static = rule.split(args, options)
         return cls(rule, dict(zip(rule.arguments, dynamic)), dict(zip(rule.static, static)))
 
+    @classmethod
+    def unmade(cls, rule, sample):
+        """Floating-point arrays as shapes alone: for large samples, of which only bytes are asked."""
+
+        def made(value):
+            return value.shaped(sample.dtype) if isinstance(value, Spec) else value
+
+        dynamic, static = rule.split([made(v) for v in sample.args], {name: made(v) for name, v in sample.options})
+        return cls(rule, dict(zip(rule.arguments, dynamic)), dict(zip(rule.static, static)))
+
     @property
     def arrays(self):
-        return {name: value for name, value in self.arguments.items() if isinstance(value, jax.Array)}
+        return {name: value for name, value in self.arguments.items() if hasattr(value, "dtype")}
 
     @property
     def floats(self):
@@ -123,9 +140,16 @@ ELSEWHERE = {
 }
 
 
+# Keyword-only arguments of ours, after theirs.
+EXTRA = {"dot_product_attention": ("segment_ids", "soft_cap")}
+
+
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))
 def test_functions_of_jax_and_optax_have_their_signature(name):
     ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (RULES[name].op, ELSEWHERE[name]))
+    if extra := EXTRA.get(name, ()):
+        ours, added = ours[: -len(extra)], ours[-len(extra) :]
+        assert [(p.name, p.kind, p.default) for p in added] == [(n, inspect.Parameter.KEYWORD_ONLY, None) for n in extra]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     for a, b in zip(ours, theirs, strict=True):
         assert (a.name, a.default) == (b.name, b.default)
@@ -210,9 +234,10 @@ def float_arguments(rule):
     return dict.fromkeys(name for sample in rule.samples for name in Call.of(rule, sample).floats)
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["two mutations", "all"])
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.exact])
-def test_a_wrong_backward_is_caught_for_every_cotangent(name):
-    """Each mutation of each cotangent, in float32: refused, with that argument named and no other."""
+def test_a_wrong_backward_is_caught_for_every_cotangent(name, every):
+    """Mutations of each cotangent, in float32: refused, with that argument named and no other."""
     rule = RULES[name]
     wrong = with_mutations(rule)
     caught = dict.fromkeys(float_arguments(rule), 0)
@@ -227,7 +252,7 @@ def test_a_wrong_backward_is_caught_for_every_cotangent(name):
             return check(wrong.op, keywords=keywords, static=call.static, checks=("runs", "zero", "cotangents", "linear"))
 
         assert report_of(none).ok, "the control: without a mutation it is right"
-        for which, mutation in enumerate(MUTATIONS):
+        for which, mutation in enumerate(MUTATIONS[: None if every else 2]):
             mutations = none.copy()
             mutations[rule.arguments.index(argument)] = which
             if mutation != "constant added" and not d.any():
@@ -294,7 +319,7 @@ def test_the_halves_by_hand_are_the_vjp(rule, sample):
 OTHER_ARGUMENTS = ("low precision", "edges", "jacobian")  # they compile most
 
 
-@pytest.mark.parametrize(("rule", "sample"), cases(every=False))
+@pytest.mark.parametrize(("rule", "sample"), cases(every=False, some=True))
 def test_check_is_clean_under_transformations(rule, sample):
     """vmap, scan, cond, checkpoint, eager, second order, eight devices, retraces, saved bytes."""
     report = Call.of(rule, sample).check(checks=[name for name in THOROUGH if name not in OTHER_ARGUMENTS])
@@ -339,21 +364,33 @@ def test_it_lowers_for_cpu_cuda_and_tpu(rule, sample):
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def kept(call, op, *wanted):
+    """Bytes kept for the cotangents of these arguments, counted without running anything."""
+    frozen = {n: v for n, v in call.arrays.items() if n not in wanted}
+    return saved_bytes(lambda *moved: call({**frozen, **dict(zip(wanted, moved))}, op), *(call.floats[n] for n in wanted))
+
+
 @pytest.mark.parametrize(("rule", "sample"), cases())
-def test_it_keeps_no_more_than_autodiff_and_less_for_fewer_arguments(rule, sample, dtype):
-    call = Call.of(rule, sample, dtype)
-    report = call.check(checks=["saved bytes"])
-    assert report.ok, f"\n{report}"
-
-    def kept_for(*wanted):
-        frozen = {n: v for n, v in call.arrays.items() if n not in wanted}
-        values = [call.floats[n] for n in wanted]
-        return saved_bytes(lambda *moved: call({**frozen, **dict(zip(wanted, moved))}), *values)
-
+def test_it_keeps_no_more_for_fewer_arguments(rule, sample):
+    call = Call.of(rule, sample)
+    together = kept(call, rule.op, *call.floats)
     for name in call.floats:
-        alone, together = kept_for(name), kept_for(*call.floats)
+        alone = kept(call, rule.op, name)
         assert alone <= together, f"{name} alone keeps {alone} bytes, all arguments together {together}"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_on_its_workloads_it_keeps_the_minimum_and_no_more_than_autodiff(name):
+    rule = RULES[name]
+    for workload in rule.workloads:
+        call = Call.unmade(rule, workload)
+        ours, autodiff = (kept(call, op, *call.floats) for op in (rule.op, without_rules(rule.op)))
+        least = rule.minimum_bytes(
+            jax.eval_shape(call, call.arrays), tuple(call.arguments.values()), tuple(call.static.values())
+        )
+        assert least is not None, f"{name} does not tell the least that has to be kept"
+        assert ours <= autodiff, f"{workload}: {ours} bytes kept, autodiff {autodiff}"
+        assert ours <= least, f"{workload}: {ours} bytes kept, the least is {least}"
 
 
 # --------------------------------------------------------------------------------------------------------- the twin

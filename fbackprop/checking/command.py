@@ -3,17 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
-import importlib.util
 import inspect
 import os
-import pathlib
 import sys
 import textwrap
 import time
-import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -25,17 +21,18 @@ from fbackprop.checking import DEPTHS, Report
 from fbackprop.checking import check as compare
 from fbackprop.checking.definition import definition_of
 from fbackprop.checking.subject import Subject, subject_of
+from fbackprop.files import write_json
+from fbackprop.loading import Refusal, World, find, near, ops, sentence
 from fbackprop.rules import RULES, Rule
-from fbackprop.samples import Spec
-from fbackprop.training.files import write_json
+from fbackprop.samples import Spec, arrays
 
-__all__ = ["CheckError", "near", "ops", "run"]
+__all__ = ["CheckError", "run"]
 
 _DEVICES = "--xla_force_host_platform_device_count"
 Made = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # a function, its arguments, the options of check
 
 
-class CheckError(ValueError):
+class CheckError(Refusal):
     """A check that cannot be made as asked. The message is one sentence."""
 
 
@@ -71,91 +68,6 @@ def run(options: argparse.Namespace) -> int:
     return 0 if fine == len(records) else 1
 
 
-def ops() -> tuple[str, ...]:
-    """The names of the library's own ops."""
-    return tuple(name for name, rule in RULES.items() if rule.reference.__module__.startswith("fbackprop."))
-
-
-def near(name: str, known: Collection[str]) -> str:
-    """What to say after a name that is not known."""
-    close = difflib.get_close_matches(name, known, 3, cutoff=0.5)
-    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-    return hint + (f"; known are {', '.join(known)}" if known else "")
-
-
-class _World:
-    """What importing a stranger's file brings: its folder on ``sys.path``, its modules, its rules, its settings of JAX.
-    In force inside ``entered`` alone, so that no file changes what is checked beside it."""
-
-    def __init__(self) -> None:
-        self.folder: pathlib.Path | None = None
-        self.modules: dict[str, Any] = {}
-        self.settings: dict[str, Any] = {}
-
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        path, settings, modules = list(sys.path), dict(jax.config.values), set(sys.modules)
-        sys.path[:0] = [str(self.folder)] if self.folder else []
-        sys.modules.update(self.modules)
-        _configure(self.settings)
-        try:
-            yield
-        finally:
-            files = {name: str(getattr(sys.modules[name], "__file__", "")) for name in set(sys.modules) - modules}
-            inside = [n for n, f in files.items() if f.startswith(f"{self.folder}{os.sep}") and "site-packages" not in f]
-            self.modules = {n: sys.modules.pop(n) for n in inside if n.partition(".")[0] not in modules}
-            self.settings = {name: value for name, value in jax.config.values.items() if value != settings.get(name)}
-            _configure({name: settings[name] for name in self.settings})
-            sys.path[:] = path
-            for name in [name for name, rule in RULES.items() if rule.reference.__module__ in self.modules]:
-                del RULES[name]
-
-    def load(self, name: str) -> Any:
-        """The module that is named, by its file or as in an import."""
-        self.folder, parts, path = pathlib.Path.cwd(), name.split("."), None
-        if name.endswith(".py") or os.sep in name:
-            path = pathlib.Path(name).absolute()
-            if not path.is_file() or path.suffix != ".py":
-                why = "expected a file that ends in .py" if path.exists() else "there is no such file"
-                raise CheckError(f"{name}: {why}.")
-            self.folder, parts = path.parent, [path.stem]
-            while (self.folder / "__init__.py").is_file():  # in a package imports may be relative
-                self.folder, parts = self.folder.parent, [self.folder.name, *parts]
-        try:
-            with self.entered():
-                if path is None or len(parts) > 1:
-                    return importlib.import_module(".".join(parts))
-                own = path.stem if path.stem not in sys.modules else f"checked_{path.stem}"  # it may be called jax.py
-                spec: Any = importlib.util.spec_from_file_location(own, path)
-                sys.modules[own] = module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                return module
-        except (Exception, SystemExit) as error:
-            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if path and f.filename == str(path)]
-            at = f" (line {lines[-1]})" if lines and not isinstance(error, SyntaxError) else ""  # which says it itself
-            raise CheckError(f"{name} does not import: {_sentence(error)}{at}.") from None
-
-
-def _configure(settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        with contextlib.suppress(RuntimeError):  # one that nobody can change any more
-            jax.config.update(name, value)
-
-
-def _find(module: Any, name: str, file: str) -> Callable[..., Any]:
-    value = module
-    for part in name.split("."):
-        try:
-            value = getattr(value, part)
-        except AttributeError:
-            mine = {n for n, v in vars(value).items() if callable(v) and getattr(v, "__module__", None) == module.__name__}
-            what = f"has no {name!r}" if part else "is a whole module: name a function in it"
-            raise CheckError(f"{file} {what}{near(part, sorted(n for n in mine if not n.startswith('_')))}.") from None
-    if not callable(value):
-        raise CheckError(f"{file}::{name} is no function but of type {type(value).__name__}.")
-    return value
-
-
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """One function, and one way to make its arguments from a seed. ``told``: these in words, where it is a sample."""
@@ -163,7 +75,7 @@ class _Job:
     target: str
     name: str
     make: Callable[[int], Made]
-    world: _World
+    world: World
     wide: bool
     told: str | None = None
 
@@ -177,7 +89,7 @@ class _Job:
                     raise
                 raise CheckError(str(error).removeprefix("check: ")) from None
             except (jax.errors.JaxRuntimeError, MemoryError) as error:  # a device's memory, a callback
-                raise CheckError(f"{self.name} failed: {_sentence(error)}.") from None
+                raise CheckError(f"{self.name} failed: {sentence(error)}.") from None
 
     def require_sound(self, seed: int) -> None:
         """Refuses what does not run or has no gradient at these arguments, before anything is computed."""
@@ -195,10 +107,10 @@ class _Job:
 def _jobs(target: str, options: argparse.Namespace) -> list[_Job]:
     """What there is to check for one name on the command line."""
     left, colons, name = target.partition("::" if "::" in target or target.endswith(".py") else ":")
-    world, module = _World(), None
+    world, module = World(), None
     if colons or left.endswith(".py"):
         module = world.load(left)
-        fn = _find(module, name, left)
+        fn = find(module, name, left)
     elif target in ops():
         fn, name = RULES[target].op, target
     else:
@@ -215,10 +127,10 @@ def _jobs(target: str, options: argparse.Namespace) -> list[_Job]:
         raise CheckError(f"{name} needs arguments: expected one --shape for each, or --args NAME and no --shape.")
     given: dict[str, Any] = {"static": dict(options.static), **({"exact": False} if options.inexact else {})}
     if options.reference:
-        given["reference"] = _find(module, options.reference, left)
+        given["reference"] = find(module, options.reference, left)
     if options.shape:
         return [job(functools.partial(_of_specs, fn, options.shape, options.dtype, given))]
-    return [job(functools.partial(_of_factory, fn, _find(module, options.args, left), options.args, given))]
+    return [job(functools.partial(_of_factory, fn, find(module, options.args, left), options.args, given))]
 
 
 def _of_sample(rule: Rule, sample: Any, dtype: str, seed: int) -> Made:
@@ -227,16 +139,14 @@ def _of_sample(rule: Rule, sample: Any, dtype: str, seed: int) -> Made:
 
 
 def _of_specs(fn: Callable[..., Any], specs: Sequence[tuple[Spec, str]], dtype: str, given: dict[str, Any], seed: int) -> Made:
-    keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(len(specs))]
-    made = [key if s.kind == "key" else s.make(key, own or dtype).astype(own or dtype) for key, (s, own) in zip(keys, specs)]
-    return fn, tuple(made), given
+    return fn, arrays(specs, dtype, seed), given
 
 
 def _of_factory(fn: Callable[..., Any], factory: Callable[..., Any], name: str, given: dict[str, Any], seed: int) -> Made:
     try:
         made = factory(seed) if inspect.signature(factory).parameters else factory()
     except Exception as error:
-        raise CheckError(f"--args {name} raised {_sentence(error)}.") from None
+        raise CheckError(f"--args {name} raised {sentence(error)}.") from None
     made = {"args": made} if isinstance(made, tuple) else made
     more: dict[str, Any] = {n: v for n, v in made.items() if v is not None} if isinstance(made, dict) else {}
     kinds = {"args": (tuple, list), "keywords": dict, "static": dict, "reference": Callable, "exact": bool, "argnums": object}
@@ -256,7 +166,7 @@ def _require_differentiable(name: str, subject: Subject) -> None:
         except Exception as error:
             how = " under jax.jit" if isinstance(error, jax.errors.JAXTypeError) else ""
             types = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in (*floats, *arrays))
-            raise CheckError(f"{who} raised {_sentence(error)},{how} for {types}.") from None
+            raise CheckError(f"{who} raised {sentence(error)},{how} for {types}.") from None
         if not outputs[0]:
             raise CheckError(f"{who} returns no floating-point array, so there is nothing to differentiate.")
 
@@ -275,12 +185,7 @@ def _require_differentiable(name: str, subject: Subject) -> None:
         with contextlib.suppress(Exception):
             gradient(definition_of(definition, floats, arrays).opened)
             return  # a rule inside it is wrong
-        raise CheckError(f"{name} cannot be differentiated: {_sentence(error)}.") from None
-
-
-def _sentence(error: BaseException) -> str:
-    """An error as a part of a sentence: its type and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['it says no more'])[0].rstrip('.')}"
+        raise CheckError(f"{name} cannot be differentiated: {sentence(error)}.") from None
 
 
 def _told(value: Any) -> str:

@@ -1,15 +1,36 @@
 """The ops: one file a family, forward and backward side by side. Adding an op = its code there and a name here."""
 
+from fbackprop.ops.activations import celu as celu
 from fbackprop.ops.activations import elu as elu
 from fbackprop.ops.activations import gelu as gelu
-from fbackprop.ops.activations import leaky_relu as leaky_relu
-from fbackprop.ops.activations import relu as relu
+from fbackprop.ops.activations import hard_silu as hard_silu
+from fbackprop.ops.activations import log_sigmoid as log_sigmoid
+from fbackprop.ops.activations import mish as mish
+from fbackprop.ops.activations import relu_squared as relu_squared
+from fbackprop.ops.activations import selu as selu
 from fbackprop.ops.activations import sigmoid as sigmoid
 from fbackprop.ops.activations import silu as silu
+from fbackprop.ops.activations import soft_sign as soft_sign
 from fbackprop.ops.activations import softplus as softplus
+from fbackprop.ops.activations import squareplus as squareplus
 from fbackprop.ops.activations import step_ste as step_ste
 from fbackprop.ops.activations import tanh as tanh
+from fbackprop.ops.adaptive import adaptive_avg_pool as adaptive_avg_pool
+from fbackprop.ops.adaptive import adaptive_max_pool as adaptive_max_pool
+from fbackprop.ops.adaptive import global_avg_pool as global_avg_pool
+from fbackprop.ops.adaptive import global_max_pool as global_max_pool
+from fbackprop.ops.adapters import lora_dense as lora_dense
+from fbackprop.ops.attention import dot_product_attention as dot_product_attention
+from fbackprop.ops.batch_normalization import batch_norm as batch_norm
+from fbackprop.ops.blocks import norm_dense as norm_dense
+from fbackprop.ops.blocks import residual_norm as residual_norm
 from fbackprop.ops.convolution import conv as conv
+from fbackprop.ops.feedforward import geglu_mlp as geglu_mlp
+from fbackprop.ops.feedforward import gelu_mlp as gelu_mlp
+from fbackprop.ops.feedforward import swiglu_mlp as swiglu_mlp
+from fbackprop.ops.gated import gru as gru
+from fbackprop.ops.group_normalization import group_norm as group_norm
+from fbackprop.ops.group_normalization import instance_norm as instance_norm
 from fbackprop.ops.linear import dense as dense
 from fbackprop.ops.linear import embed as embed
 from fbackprop.ops.losses import half_square as half_square
@@ -18,38 +39,87 @@ from fbackprop.ops.losses import sigmoid_binary_cross_entropy as sigmoid_binary_
 from fbackprop.ops.losses import softmax_cross_entropy as softmax_cross_entropy
 from fbackprop.ops.losses import softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels
 from fbackprop.ops.losses import sum_of_squares as sum_of_squares
-from fbackprop.ops.normalization import batch_norm as batch_norm
 from fbackprop.ops.normalization import layer_norm as layer_norm
+from fbackprop.ops.normalization import rms_norm as rms_norm
+from fbackprop.ops.piecewise import hard_sigmoid as hard_sigmoid
+from fbackprop.ops.piecewise import hard_tanh as hard_tanh
+from fbackprop.ops.piecewise import leaky_relu as leaky_relu
+from fbackprop.ops.piecewise import relu as relu
+from fbackprop.ops.piecewise import relu6 as relu6
 from fbackprop.ops.pooling import avg_pool as avg_pool
 from fbackprop.ops.pooling import max_pool as max_pool
+from fbackprop.ops.pooling import min_pool as min_pool
+from fbackprop.ops.pooling import sum_pool as sum_pool
 from fbackprop.ops.probabilities import log_softmax as log_softmax
+from fbackprop.ops.probabilities import logsumexp as logsumexp
 from fbackprop.ops.probabilities import softmax as softmax
+from fbackprop.ops.recurrences import linear_recurrence as linear_recurrence
+from fbackprop.ops.recurrent import lstm as lstm
+from fbackprop.ops.recurrent import rnn as rnn
+from fbackprop.ops.reversing import reversible as reversible
 from fbackprop.ops.stochastic import dropout as dropout
+from fbackprop.ops.transposed import conv_transpose as conv_transpose
+from fbackprop.ops.vocabulary import linear_cross_entropy as linear_cross_entropy
 
 __all__ = [
+    "adaptive_avg_pool",
+    "adaptive_max_pool",
     "avg_pool",
     "batch_norm",
+    "celu",
     "conv",
+    "conv_transpose",
     "dense",
+    "dot_product_attention",
     "dropout",
     "elu",
     "embed",
+    "geglu_mlp",
     "gelu",
+    "gelu_mlp",
+    "group_norm",
+    "global_avg_pool",
+    "global_max_pool",
+    "gru",
     "half_square",
+    "hard_sigmoid",
+    "hard_silu",
+    "hard_tanh",
+    "instance_norm",
     "layer_norm",
     "leaky_relu",
+    "linear_cross_entropy",
+    "linear_recurrence",
+    "log_sigmoid",
     "log_softmax",
+    "logsumexp",
+    "lora_dense",
+    "lstm",
     "max_pool",
     "mean_squared_error",
+    "min_pool",
+    "mish",
+    "norm_dense",
     "relu",
+    "relu6",
+    "relu_squared",
+    "residual_norm",
+    "reversible",
+    "rms_norm",
+    "rnn",
+    "selu",
     "sigmoid",
     "sigmoid_binary_cross_entropy",
     "silu",
+    "soft_sign",
     "softmax",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
     "softplus",
+    "squareplus",
     "step_ste",
     "sum_of_squares",
+    "sum_pool",
+    "swiglu_mlp",
     "tanh",
 ]

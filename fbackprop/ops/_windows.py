@@ -52,6 +52,8 @@ def pads(
 
 
 def check_fits(who: str, sizes: Sequence[int], window: Sequence[int], padding: Pads) -> None:
+    if min(sizes) < 1:
+        raise ValueError(f"{who}: an image of {tuple(sizes)} has an empty spatial dimension, over which no window slides.")
     for n, w, (before, behind) in zip(sizes, window, padding):
         if n + before + behind < w:
             raise ValueError(

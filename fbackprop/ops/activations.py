@@ -1,50 +1,79 @@
-"""Activation functions: y = f(x), each element by itself, so dx = dy · f'(x).
+"""Smooth activation functions: y = f(x), each element by itself, so dx = dy · f'(x).
 
-    op            y                                       f'(x)                                      kept
-    relu          max(x, 0)                               1 where y > 0, else 0                      y
-    sigmoid       σ(x) = 1 / (1 + e⁻ˣ)                    y (1 − y) = σ(x) σ(−x)                     y
-    tanh          tanh x                                  1 − y² = sech² x                           y
-    silu          x σ(x)                                  σ(x) (1 + x σ(−x))                         x
-    softplus      log(1 + eˣ)                             σ(x)                                       x
-    gelu (erf)    x Φ(x)                                  Φ(x) + x φ(x)                              x
-    gelu (tanh)   ½ x (1 + t), t = tanh u,                ½ (1 + t) + ½ x (1 − t²) u'                x
+    op            y                                       f'(x)                                            kept
+    sigmoid       σ(x) = 1 / (1 + e⁻ˣ)                    y (1 − y)                                        y
+    log_sigmoid   log σ(x)                                σ(−x)                                            x
+    softplus      log(1 + eˣ)                             σ(x)                                             x
+    tanh          tanh x                                  1 − y²                                           y
+    soft_sign     x / (1 + |x|)                           1 / (1 + |x|)²                                   x
+    silu          x σ(x)                                  s (1 + x (1 − s)),  s = σ(x)                     x
+    mish          x t,  t = tanh softplus x               t + x (1 − t²) σ(x)                              x
+    gelu (erf)    x Φ(x)                                  Φ(x) + x φ(x)                                    x
+    gelu (tanh)   ½ x (1 + t), t = tanh u,                ½ (1 + t) + ½ x (1 − t²) u'                      x
                   u = √(2/π) (x + 0.044715 x³)            u' = √(2/π) (1 + 3 · 0.044715 x²)
-    leaky_relu    x where x ≥ 0, else a x                 1 where x ≥ 0, else a;   ∂y/∂a = x where x < 0       where x ≥ 0; a
-    elu           x where x > 0, else a (eˣ − 1)          1 where x > 0, else a eˣ;  ∂y/∂a = eˣ − 1 where x ≤ 0  x, a
-    step_ste      1 where x > 0, else 0                   1, by decree (straight-through), not 0     nothing
+    squareplus    ½ (x + r),  r = √(x² + b)               ½ (1 + x / r);              ∂y/∂b = 1 / (4 r)    x, b
+    elu           x where x > 0, else a (eˣ − 1)          1 where x > 0, else a eˣ;   ∂y/∂a = eˣ − 1 there      x, a
+    celu          x where x > 0, else a (eˣᐟᵃ − 1)        1, else eˣᐟᵃ;     ∂y/∂a = eˣᐟᵃ (1 − x/a) − 1 there    x, a
+    selu          λ elu(x, α), λ and α fixed              λ where x > 0, else λ α eˣ                       x
+    hard_silu     x min(max(x + 3, 0), 6) / 6             0 below −3, 1 above 3, (2 x + 3) / 6 between     x
+    relu_squared  max(x, 0)²                              2 max(x, 0) = 2 √y                               y
+    step_ste      1 where x > 0, else 0                   1, by decree (straight-through), not 0           nothing
 
 Φ and φ are the distribution function and the density of the standard normal distribution. Everything is computed in
 float32 or wider. Where x is narrower than float32, sigmoid and tanh keep x in place of y: a rounded y near 1 no longer
 tells 1 − y.
 
-Kinks, where the derivative jumps, equal JAX's choice: relu'(0) = 0, leaky_relu'(0) = 1, elu'(0) = a.
+mish takes one exponential and one quotient for both y and its slope. With e = exp(−|x|), and for x ≥ 0 and x < 0 in turn,
+
+    t = a / d,   1 − t² = 4 w² (1 + e)² / d²,   a = 1 + 2 e | e² + 2 e,   d = a + (2 e² | 2),   w = e | 1
+    f' = t + 4 x e w (1 + e) / d²
+
+Kinks, where the slope jumps, equal JAX's choice: elu'(0) = a, celu'(0) = 1, selu'(0) = λ α.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import float_type, sum_to, wide
+from fbackprop.ops._arithmetic import float_type, nbytes, wide
 from fbackprop.rules import elementwise, rule
-from fbackprop.samples import constant, normal, sample
+from fbackprop.samples import constant, normal, positive, sample
 
-__all__ = ["elu", "gelu", "leaky_relu", "relu", "sigmoid", "silu", "softplus", "step_ste", "tanh"]
+__all__ = [
+    "celu",
+    "elu",
+    "gelu",
+    "hard_silu",
+    "log_sigmoid",
+    "mish",
+    "relu_squared",
+    "selu",
+    "sigmoid",
+    "silu",
+    "soft_sign",
+    "softplus",
+    "squareplus",
+    "step_ste",
+    "tanh",
+]
 
 
-@elementwise(lambda y: y > 0)
-def relu(x: ArrayLike) -> jax.Array:
-    """The positive part: y = max(x, 0).
-
-    x [...] -> y [...], of the same dtype. relu'(0) = 0. Source: Nair & Hinton 2010.
-    """
-    x = jnp.asarray(x)
-    return jnp.where(x <= 0, jnp.zeros_like(x), x)
+def _size(x: Any) -> int:
+    return nbytes(x)
 
 
-@elementwise(lambda y: y * (1 - y), narrow=[lambda x: jax.nn.sigmoid(x) * jax.nn.sigmoid(-x)])
+def _with_parameter(x: Any, parameter: Any) -> int:
+    return nbytes(x) + (nbytes(parameter) if hasattr(parameter, "shape") else 4)
+
+
+def _bell(y: jax.Array) -> jax.Array:
+    return y * (1 - y)
+
+
+@elementwise(lambda y: y * (1 - y), narrow=[lambda x: _bell(jax.lax.logistic(x))], minimum=_size)
 def sigmoid(x: ArrayLike) -> jax.Array:
     """The logistic function: y = 1 / (1 + exp(−x)), between 0 and 1.
 
@@ -55,7 +84,8 @@ def sigmoid(x: ArrayLike) -> jax.Array:
 
 @elementwise(
     lambda y: 1 - y * y,
-    narrow=[lambda x: _sech_squared(x)],
+    narrow=[lambda x: (1 - jnp.tanh(x)) * (1 + jnp.tanh(x))],
+    minimum=_size,
     samples=[sample(normal(5, 7)), sample(normal(9, scale=4.0)), sample(normal()), sample(normal(9, mean=-60.0))],
 )
 def tanh(x: ArrayLike) -> jax.Array:
@@ -66,17 +96,12 @@ def tanh(x: ArrayLike) -> jax.Array:
     return jnp.tanh(wide(x)).astype(float_type(x))
 
 
-def _sech_squared(x: jax.Array) -> jax.Array:
-    # 1 − tanh² x without the cancellation: with e = exp(−2|x|), cosh x = (1 + e) / (2 √e).
-    e = jnp.exp(-2 * jnp.abs(x))
-    return 4 * e / jnp.square(1 + e)
-
-
 def _silu_slope(x: jax.Array) -> jax.Array:
-    return jax.nn.sigmoid(x) * (1 + x * jax.nn.sigmoid(-x))
+    s = jax.lax.logistic(x)
+    return s * (1 + x * (1 - s))
 
 
-@elementwise(_silu_slope)
+@elementwise(_silu_slope, minimum=_size)
 def silu(x: ArrayLike) -> jax.Array:
     """The sigmoid-weighted linear unit, also called swish: y = x · sigmoid(x).
 
@@ -86,7 +111,7 @@ def silu(x: ArrayLike) -> jax.Array:
     return (x_ * jax.lax.logistic(x_)).astype(float_type(x))
 
 
-@elementwise(lambda x: jax.nn.sigmoid(x))
+@elementwise(lambda x: jax.lax.logistic(x), minimum=_size)
 def softplus(x: ArrayLike) -> jax.Array:
     """A smooth form of relu: y = log(1 + exp(x)), without overflow.
 
@@ -96,14 +121,74 @@ def softplus(x: ArrayLike) -> jax.Array:
     return jnp.logaddexp(x_, jnp.zeros_like(x_)).astype(float_type(x))
 
 
+@elementwise(lambda x: jax.lax.logistic(-x), minimum=_size, samples=[sample(normal(5, 7, scale=4.0))])
+def log_sigmoid(x: ArrayLike) -> jax.Array:
+    """The logarithm of sigmoid: y = −log(1 + exp(−x)), without overflow.
+
+    x [...] -> y [...], of the same dtype (integers give floats).
+    """
+    x_ = wide(x)
+    return -jnp.logaddexp(-x_, jnp.zeros_like(x_)).astype(float_type(x))
+
+
+@elementwise(lambda x: jnp.square(1 / (1 + jnp.abs(x))), minimum=_size, samples=[sample(normal(5, 7))])
+def soft_sign(x: ArrayLike) -> jax.Array:
+    """A sigmoid of a quotient: y = x / (1 + |x|), between −1 and 1.
+
+    x [...] -> y [...], of the same dtype (integers give floats).
+    """
+    x_ = wide(x)
+    return (x_ / (1 + jnp.abs(x_))).astype(float_type(x))
+
+
+def _mish_terms(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """a, 1/d and e w (1 + e) of the derivation."""
+    right, e = x >= 0, jnp.exp(-jnp.abs(x))
+    a = jnp.where(right, 1 + 2 * e, e * (e + 2))
+    return a, 1 / (a + jnp.where(right, 2 * e * e, 2)), jnp.where(right, e, 1) * (e * (1 + e))
+
+
+def _mish_forward(x: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    x = jnp.asarray(x)
+    a, reciprocal, _ = _mish_terms(wide(x))
+    return (wide(x) * (a * reciprocal)).astype(float_type(x)), x
+
+
+def _mish_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array | None]:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return (None,)
+    a, reciprocal, w = _mish_terms(wide(x))
+    return (wide(dy) * (reciprocal * (a + 4 * wide(x) * (w * reciprocal))),)
+
+
+@rule(
+    forward=_mish_forward,
+    backward=_mish_backward,
+    samples=[sample(normal(5, 7)), sample(normal(9, scale=6.0))],
+    workloads=[sample(normal(4096, 3072), dtype=d) for d in ("float32", "bfloat16")],
+    keeps="x",
+    minimum=_size,
+)
+def mish(x: ArrayLike) -> jax.Array:
+    """A smooth relu that dips below zero: y = x · tanh(softplus(x)).
+
+    x [...] -> y [...], of the same dtype (integers give floats). Source: Misra 2019, arXiv:1908.08681.
+    """
+    x_ = wide(x)
+    return (x_ * jnp.tanh(jnp.logaddexp(x_, jnp.zeros_like(x_)))).astype(float_type(x))
+
+
+_ROOT = math.sqrt(2 / math.pi)
+
+
 def _gelu_slope(x: jax.Array, approximate: bool) -> jax.Array:
     # Beyond |x| = 40 the slope is 0 or 1 to the last bit of float64, and x³ must not overflow into inf · 0.
-    x = jnp.clip(x, -40, 40)
     if approximate:
-        u = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-        du = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
-        t = jnp.tanh(u)
-        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du
+        square = jnp.minimum(x * x, 1600)
+        t = jnp.tanh(_ROOT * (x + 0.044715 * (x * square)))  # as in y: another rounding of u is another e²ᵘ
+        share = 0.5 + 0.5 * t  # and ½ (1 − t²) = share · (1 − t)
+        return share * (1 + x * (1 - t) * (_ROOT + 3 * 0.044715 * _ROOT * square))
+    x = jnp.clip(x, -40, 40)
     density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
     return 0.5 * jax.lax.erfc(-x * math.sqrt(0.5)) + x * density
 
@@ -111,6 +196,7 @@ def _gelu_slope(x: jax.Array, approximate: bool) -> jax.Array:
 @elementwise(
     _gelu_slope,
     static=["approximate"],
+    minimum=_size,
     samples=[sample(normal(5, 7)), sample(normal(5, 7), approximate=False), sample(normal(9, scale=4.0))],
 )
 def gelu(x: ArrayLike, approximate: bool = True) -> jax.Array:
@@ -127,40 +213,6 @@ def gelu(x: ArrayLike, approximate: bool = True) -> jax.Array:
     return (x_ * share).astype(float_type(x))
 
 
-class _LeakySaved(NamedTuple):
-    open: jax.Array  # where x ≥ 0: a byte an element, all that dx needs
-    negative_slope: jax.Array
-    x: jax.Array  # for the cotangent of the slope
-
-
-def _leaky_forward(x: ArrayLike, negative_slope: ArrayLike = 1e-2) -> tuple[jax.Array, _LeakySaved]:
-    x = jnp.asarray(x)
-    return jnp.where(x >= 0, x, negative_slope * x), _LeakySaved(x >= 0, jnp.asarray(negative_slope), x)
-
-
-def _leaky_backward(saved: _LeakySaved, dy: jax.Array) -> tuple[Any, ...]:
-    dx = jnp.where(saved.open, dy, saved.negative_slope * dy)
-    dslope = jnp.where(saved.open, 0, wide(saved.x) * wide(dy))
-    pairs = ((dx, saved.x), (dslope, saved.negative_slope))
-    return tuple(sum_to(d, a.shape) if jnp.issubdtype(a.dtype, jnp.inexact) else None for d, a in pairs)
-
-
-@rule(
-    forward=_leaky_forward,
-    backward=_leaky_backward,
-    samples=[sample(normal(5, 7)), sample(normal(5, 7), 0.3), sample(normal(5, 7), normal(1, 7))],
-    workloads=[sample(normal(4096, 3072), dtype=d) for d in ("float32", "bfloat16")],
-    keeps="where x ≥ 0 (a byte an element), negative_slope; x for its cotangent",
-)
-def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 1e-2) -> jax.Array:
-    """relu that lets a share of the negative part through: y = x where x ≥ 0, else negative_slope · x.
-
-    x [...], negative_slope [] or of a shape that broadcasts with x -> y [...]. leaky_relu'(0) = 1.
-    """
-    x = jnp.asarray(x)
-    return jnp.where(x >= 0, x, negative_slope * x)
-
-
 @elementwise(
     lambda x, alpha: jnp.where(x > 0, 1, alpha * jnp.exp(jnp.minimum(x, 0))),
     lambda x: jnp.where(x > 0, 0, jnp.expm1(jnp.minimum(x, 0))),
@@ -171,6 +223,7 @@ def leaky_relu(x: ArrayLike, negative_slope: ArrayLike = 1e-2) -> jax.Array:
         sample(constant(0.0, 3), 0.3),
         sample(constant(0.0, 2, 7), normal(1, 7)),
     ],
+    minimum=lambda x, alpha: _with_parameter(x, alpha),
 )
 def elu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:
     """The exponential linear unit: y = x where x > 0, else alpha · (exp(x) − 1).
@@ -184,7 +237,86 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:
     return jnp.where(x_ > 0, x_, negative).astype(float_type(x, alpha))
 
 
-@elementwise(lambda: jnp.float32(1.0), exact=False, keeps="nothing")
+@elementwise(
+    lambda x, alpha: jnp.where(x > 0, 1, jnp.exp(jnp.minimum(x, 0) / alpha)),
+    lambda x, alpha: jnp.where(x > 0, 0, _celu_by_alpha(jnp.minimum(x, 0) / alpha)),
+    samples=[sample(normal(5, 7), positive(1, 7)), sample(constant(0.0, 3))],
+    minimum=lambda x, alpha: _with_parameter(x, alpha),
+)
+def celu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:
+    """The continuously differentiable exponential linear unit: y = x where x > 0, else alpha · (exp(x / alpha) − 1).
+
+    x [...], alpha [] or of a shape that broadcasts with x -> y [...]. celu'(0) = 1.
+    Source: Barron 2017, arXiv:1704.07483.
+    """
+    x_ = wide(x)
+    negative = alpha * jnp.expm1(jnp.where(x_ > 0, 0, x_) / alpha)
+    return jnp.where(x_ > 0, x_, negative).astype(float_type(x, alpha))
+
+
+def _celu_by_alpha(q: jax.Array) -> jax.Array:
+    return jnp.expm1(q) - q * jnp.exp(q)
+
+
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+
+
+@elementwise(
+    lambda x: jnp.where(x > 0, _SELU_SCALE, _SELU_SCALE * _SELU_ALPHA * jnp.exp(jnp.minimum(x, 0))),
+    samples=[sample(normal(5, 7))],
+    minimum=_size,
+)
+def selu(x: ArrayLike) -> jax.Array:
+    """The scaled exponential linear unit, which keeps zero mean and unit variance: y = λ · elu(x, α).
+
+    x [...] -> y [...], of the same dtype (integers give floats). selu'(0) = λ α.
+    Source: Klambauer et al. 2017, arXiv:1706.02515.
+    """
+    x_ = wide(x)
+    negative = _SELU_ALPHA * jnp.expm1(jnp.where(x_ > 0, 0, x_))
+    return (_SELU_SCALE * jnp.where(x_ > 0, x_, negative)).astype(float_type(x))
+
+
+@elementwise(
+    lambda x, b: 0.5 + 0.5 * x * jax.lax.rsqrt(jnp.square(x) + b),
+    lambda x, b: 0.25 * jax.lax.rsqrt(jnp.square(x) + b),
+    samples=[sample(normal(5, 7), positive(1, 7)), sample(normal(9, scale=4.0))],
+    minimum=lambda x, b: _with_parameter(x, b),
+)
+def squareplus(x: ArrayLike, b: ArrayLike = 4) -> jax.Array:
+    """An algebraic form of softplus: y = (x + √(x² + b)) / 2.
+
+    x [...], b [] or of a shape that broadcasts with x -> y [...]. Source: Barron 2021, arXiv:2112.11687.
+    """
+    x_ = wide(x)
+    return (0.5 * (x_ + jnp.sqrt(jnp.square(x_) + b))).astype(float_type(x, b))
+
+
+@elementwise(
+    lambda x: jnp.where(x <= -3, 0, jnp.where(x >= 3, 1, (2 * x + 3) / 6)),
+    samples=[sample(normal(5, 7, scale=4.0)), sample(constant(3.0, 3))],
+    minimum=_size,
+)
+def hard_silu(x: ArrayLike) -> jax.Array:
+    """silu with a sigmoid of straight pieces, also called hard_swish: y = x · min(max(x + 3, 0), 6) / 6.
+
+    x [...] -> y [...], of the same dtype (integers give floats). Source: Howard et al. 2019, arXiv:1905.02244.
+    """
+    x_ = wide(x)
+    return (x_ * jnp.where(x_ <= -3, 0, jnp.where(x_ >= 3, 1, (x_ + 3) / 6))).astype(float_type(x))
+
+
+@elementwise(lambda y: 2 * jnp.sqrt(y), samples=[sample(normal(5, 7)), sample(constant(0.0, 3))], minimum=_size)
+def relu_squared(x: ArrayLike) -> jax.Array:
+    """The square of the positive part: y = max(x, 0)².
+
+    x [...] -> y [...], of the same dtype. Source: So et al. 2021, arXiv:2109.08668.
+    """
+    x_ = wide(x)
+    return jnp.square(jnp.where(x_ <= 0, 0, x_)).astype(jnp.asarray(x).dtype)
+
+
+@elementwise(lambda: jnp.float32(1.0), exact=False, keeps="nothing", minimum=lambda: 0)
 def step_ste(x: ArrayLike) -> jax.Array:
     """The step of a perceptron, 1 where x > 0 and 0 where x ≤ 0, with a straight-through backward: dx = dy.
 

@@ -5,16 +5,14 @@ dilation (l − 1 zeros between neighbours of x), a the padding in front, X the 
 
     y[o, f] = Σ_k Σ_c X[o s + k d, c] K[k, c, f] + b[f],       X[i l + a, c] = x[i, c], zero elsewhere
 
-    dX[p, c]    = Σ_f Σ_{o s + k d = p} dy[o, f] K[k, c, f]    dy with s − 1 zeros between neighbours, convolved with
-                                                               the kernel turned around, c and f exchanged
-    dx[i, c]    = dX[i l + a, c]                               a stride of l over that
-    dK[k, c, f] = Σ_n Σ_o X[o s + k d, c] dy[o, f]             x convolved with dy: dy as a kernel dilated by s, moved in
-                                                               strides of d; the batch n is what is summed over
+    dX[p, c]    = Σ_f Σ_{o s + k d = p} dy[o, f] K[k, c, f]
+    dx[i, c]    = dX[i l + a, c]
+    dK[k, c, f] = Σ_n Σ_o X[o s + k d, c] dy[o, f]
     db[f]       = Σ_n Σ_o dy[o, f]
 
-With groups, c and f run within a group: the kernel of dx exchanges c and f inside each group; in dK the groups lie along
-the batch of the convolution (its batch is the features of x). Kept are x and the kernel. CIRCULAR and REFLECT padding copies
-elements of x, so their cotangents add up where they came from.
+With groups, c and f run within a group. Each of the three sums is a convolution again, or, for depthwise kernels, a sum of
+shifted products: ``_convolving.py`` has the forms. Kept are x and the kernel. CIRCULAR and REFLECT padding copies elements of
+x, so their cotangents add up where they came from.
 """
 
 from collections.abc import Sequence
@@ -24,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import batched, require_float, shapes, wide_type
+from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide_type
+from fbackprop.ops._convolving import Geometry, convolve, input_cotangent, kernel_cotangent, numbers
 from fbackprop.ops._windows import Padding, Pads, check_fits, pad_by_copying, pads, per_dimension, unpad_by_adding
 from fbackprop.rules import rule
 from fbackprop.samples import normal, sample
@@ -89,31 +88,26 @@ def _plan(
     return _Plan(dims, s, l, d, amount, mode, groups)
 
 
-def _numbers(dims: int, lhs: str, rhs: str, out: str) -> Any:
-    """Dimension numbers from 'N', 'S' (all spatial dimensions), 'C' and so on, as in ``NSC``, ``SIO``, ``NSC``."""
-    spatial = "DHW"[3 - dims :]
-    return tuple(spec.replace("S", spatial) for spec in (lhs, rhs, out))
-
-
 def _convolve(x: Any, kernel: Any, bias: Any, plan: _Plan, precision: Any) -> jax.Array:
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    images, kernel, geometry = _prepared(x, kernel, plan, precision)
+    y = convolve(images, kernel, geometry)
+    return _finished(y, x, bias, plan)
+
+
+def _prepared(x: Any, kernel: Any, plan: _Plan, precision: Any) -> tuple[jax.Array, jax.Array, Geometry]:
+    """Images [n, *spatial, features] and kernel in one dtype; padding that copies is done."""
     dtype = jnp.result_type(x, kernel)
-    images = batched(x, plan.dims + 1).astype(dtype)
-    amount: Any = plan.pads
+    images = batched(jnp.asarray(x), plan.dims + 1).astype(dtype)
+    amount = plan.pads
     if plan.mode:
         images, amount = pad_by_copying(images, plan.pads, plan.mode), ((0, 0),) * plan.dims
-    y = jax.lax.conv_general_dilated(
-        images,
-        kernel.astype(dtype),
-        plan.strides,
-        amount,
-        plan.input_dilation,
-        plan.kernel_dilation,
-        _numbers(plan.dims, "NSC", "SIO", "NSC"),
-        plan.groups,
-        precision=precision,
-    )
-    y = y.reshape(*x.shape[: x.ndim - plan.dims - 1], *y.shape[1:])
+    geometry = Geometry(plan.strides, amount, plan.kernel_dilation, plan.input_dilation, plan.groups, precision)
+    return images, jnp.asarray(kernel).astype(dtype), geometry
+
+
+def _finished(y: jax.Array, x: Any, bias: Any, plan: _Plan) -> jax.Array:
+    """The batch dimensions of x again, and the bias."""
+    y = y.reshape(*jnp.shape(x)[: jnp.ndim(x) - plan.dims - 1], *y.shape[1:])
     return y if bias is None else y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -151,57 +145,13 @@ def _backward(
 ) -> tuple[Any, ...]:
     x, kernel = saved
     plan = _plan(x, kernel, strides, padding, input_dilation, kernel_dilation, feature_group_count)
-    dtype = jnp.result_type(x, kernel)
-    images, g = batched(x, plan.dims + 1).astype(dtype), batched(dy, plan.dims + 1).astype(dtype)
-    amount: Pads = plan.pads
-    if plan.mode:
-        images, amount = pad_by_copying(images, plan.pads, plan.mode), ((0, 0),) * plan.dims
-    # Sizes along each spatial dimension: of x with its zeros, of dy with its zeros, and how far the kernel reaches.
-    taps = kernel.shape[: plan.dims]
-    spread = [(n - 1) * l + 1 for n, l in zip(images.shape[1:-1], plan.input_dilation)]
-    covered = [(n - 1) * s + 1 for n, s in zip(g.shape[1:-1], plan.strides)]
-    reach = [(k - 1) * d + 1 for k, d in zip(taps, plan.kernel_dilation)]
-    # dx: a position of X is met by all windows that reach it, so dy gets reach − 1 − a zeros in front. What the windows
-    # never reach behind makes the output up to the size of X.
-    front = [r - 1 - a for r, (a, _) in zip(reach, amount)]
-    behind = [n + r - 1 - c - f for n, r, c, f in zip(spread, reach, covered, front)]
-    dx = jax.lax.conv_general_dilated(
-        g,
-        _turned(kernel.astype(dtype), plan),
-        plan.input_dilation,
-        list(zip(front, behind)),
-        plan.strides,
-        plan.kernel_dilation,
-        _numbers(plan.dims, "NSC", "SIO", "NSC"),
-        plan.groups,
-        precision=precision,
-    )
+    images, taps, geometry = _prepared(x, kernel, plan, precision)
+    g = batched(dy, plan.dims + 1).astype(taps.dtype)
+    dx = input_cotangent(g, taps, images.shape[1:-1], geometry)
     if plan.mode:
         dx = unpad_by_adding(dx, plan.pads, plan.mode)
-    # dK: tap k reads X from k d on. The padding behind is what lets the last tap end with the last window.
-    tail = [(k - 1) * d + c - n - a for k, d, c, n, (a, _) in zip(taps, plan.kernel_dilation, covered, spread, amount)]
-    dkernel = jax.lax.conv_general_dilated(
-        images,
-        g,
-        plan.kernel_dilation,
-        [(a, t) for (a, _), t in zip(amount, tail)],
-        plan.input_dilation,
-        plan.strides,
-        _numbers(plan.dims, "CSN", "ISO", "NSC"),
-        batch_group_count=plan.groups,
-        precision=precision,
-    )
-    dkernel = jnp.moveaxis(dkernel, 0, -2)  # [in, *window, out] -> [*window, in, out]
     dbias = dy.astype(wide_type(dy)).sum(tuple(range(dy.ndim - 1)))
-    return dx.reshape(x.shape), dkernel, dbias
-
-
-def _turned(kernel: jax.Array, plan: _Plan) -> jax.Array:
-    """The kernel of dx: turned around in space, input and output features exchanged within each group."""
-    kernel = jnp.flip(kernel, tuple(range(plan.dims)))
-    *taps, cin, cout = kernel.shape
-    groups = kernel.reshape(*taps, cin, plan.groups, cout // plan.groups)
-    return jnp.swapaxes(groups, -1, -3).reshape(*taps, cout // plan.groups, plan.groups * cin)
+    return dx.reshape(x.shape), kernel_cotangent(images, g, kernel.shape, geometry), dbias
 
 
 def _k(*shape: int) -> Any:
@@ -218,7 +168,14 @@ def _k(*shape: int) -> Any:
     samples=[
         sample(normal(2, 5, 6, 3), normal(3, 2, 3, 4), normal(4)),
         sample(normal(2, 7, 6, 4), normal(3, 3, 2, 6), strides=(2, 3), padding="VALID", feature_group_count=2),
-        sample(normal(5, 7, 3), normal(3, 2, 1, 6), padding=((2, 0), 1), kernel_dilation=(1, 2), feature_group_count=3),
+        sample(
+            normal(6, 7, 3),
+            normal(3, 2, 1, 3),
+            strides=(3, 2),
+            padding=((2, 0), 1),
+            kernel_dilation=(2, 1),
+            feature_group_count=3,
+        ),
         sample(normal(2, 9, 3), normal(3, 3, 4), normal(4), padding="CAUSAL", kernel_dilation=2),
         sample(normal(2, 6, 5, 2), normal(3, 4, 2, 3), padding="CIRCULAR", strides=2),
         sample(normal(2, 6, 5, 2), normal(3, 3, 2, 3), padding="REFLECT"),
@@ -234,6 +191,7 @@ def _k(*shape: int) -> Any:
         sample(normal(32, 2048, 64), _k(7, 64, 64), padding="CAUSAL", note="1-D, CAUSAL"),
     ],
     keeps="x, kernel",
+    minimum=lambda x, kernel: nbytes(x, kernel),
 )
 def conv(
     x: ArrayLike,
@@ -267,4 +225,9 @@ def conv(
         raise ValueError(
             f"conv: bias has shape {jnp.shape(bias)}, expected {jnp.shape(kernel)[-1:]} ({shapes(kernel=kernel)})."
         )
-    return _convolve(x, kernel, bias, plan, precision)
+    images, taps, geometry = _prepared(x, kernel, plan, precision)
+    y = jax.lax.conv_general_dilated(
+        images, taps, plan.strides, geometry.pads, plan.input_dilation, plan.kernel_dilation,
+        numbers("NSC", "SIO", "NSC", plan.dims), plan.groups, precision=precision,
+    )  # fmt: skip
+    return _finished(y, x, bias, plan)

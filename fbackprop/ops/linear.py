@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from fbackprop.ops._arithmetic import batched, require_float, shapes, wide_type
+from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide_type
 from fbackprop.rules import Static, rule
 from fbackprop.samples import labels, normal, sample
 
@@ -84,6 +84,7 @@ def _backward(saved: _DenseSaved, dy: jax.Array, *, precision: Any) -> tuple[Any
         sample(normal(2048, 768), normal(768, 3072, scale=768**-0.5), normal(3072), dtype=d) for d in ("float32", "bfloat16")
     ],
     keeps="x, kernel",
+    minimum=lambda x, kernel: nbytes(x, kernel),
 )
 def dense(
     x: ArrayLike,
@@ -148,6 +149,7 @@ def _embed_backward(saved: _EmbedSaved, dy: jax.Array) -> tuple[Any, ...]:
     ],
     workloads=[sample(normal(50257, 768), labels(8192, classes=50257))],
     keeps="indices",
+    minimum=lambda indices: nbytes(indices),
 )
 def embed(embedding: ArrayLike, indices: ArrayLike) -> jax.Array:
     """Looks up rows of a table: y = embedding[indices].

@@ -11,8 +11,9 @@
 
 with lse(z) = log Σ exp(z) = m + log s, m = max z, s = Σ exp(z − m), and p = softmax(z) = exp(z − m) / s. The difference
 "what was predicted minus what was wanted" is the first factor of every backward pass, and all that the squared errors keep.
-The cross-entropies keep the logits, the labels and two numbers a row, m and s: never a second array of the size of the
-logits. Sums are in float32 or wider.
+So does the sigmoid BCE: σ(z) − t, and z only where labels are differentiated. The softmax cross-entropies keep the logits, the
+labels and two numbers a row, m and s: never a second array of the size of the logits. A logit of +inf takes the probability of
+its row, which receives a gradient of 0. Sums are in float32 or wider.
 """
 
 import math
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import canonical_axes, float_type, require_float, shapes, sum_to, wide
+from fbackprop.ops._arithmetic import canonical_axes, float_type, nbytes, require_float, shapes, sum_to, wide, wide_type
 from fbackprop.ops.probabilities import Normalizer, log_normalizer
 from fbackprop.rules import rule
 from fbackprop.samples import constant, impossible, mask, normal, probabilities, sample, uniform
@@ -54,7 +55,8 @@ def _check_pair(who: str, predictions: ArrayLike, targets: ArrayLike) -> None:
 def _squared(predictions: ArrayLike, targets: ArrayLike, factor: float) -> tuple[jax.Array, _SquaredSaved]:
     error = wide(predictions) - wide(targets)
     value = factor * jnp.sum(jnp.square(error))
-    return value.astype(jnp.result_type(predictions, targets)), _SquaredSaved(error)
+    dtype = jnp.result_type(predictions, targets)
+    return value.astype(dtype), _SquaredSaved(error.astype(dtype))
 
 
 def _squared_forward(factor: Any) -> Any:
@@ -66,7 +68,7 @@ def _squared_forward(factor: Any) -> Any:
 
 def _squared_backward(factor: Any) -> Any:
     def backward(saved: _SquaredSaved, dy: jax.Array) -> tuple[Any, ...]:
-        dpredictions = 2 * factor(saved.error) * saved.error * wide(dy)
+        dpredictions = 2 * factor(saved.error) * wide(saved.error) * wide(dy)
         return dpredictions, -dpredictions
 
     return backward
@@ -88,6 +90,7 @@ _PAIRS = {
     "samples": [sample(normal(4, 3), normal(4, 3)), sample(normal(), normal())],
     "workloads": [sample(normal(4096, 3072), normal(4096, 3072))],
     "keeps": "predictions − targets",
+    "minimum": lambda predictions, y: nbytes(jax.ShapeDtypeStruct(predictions.shape, y.dtype)),
 }
 
 
@@ -124,8 +127,9 @@ def mean_squared_error(predictions: ArrayLike, targets: ArrayLike) -> jax.Array:
 
 
 class _SigmoidSaved(NamedTuple):
-    logits: jax.Array
-    labels: jax.Array
+    logits: jax.Array | None  # z, for dt
+    error: jax.Array | None  # σ(z) − t, for dz
+    labels: jax.Array | None  # t in place of the error, where it is smaller than that or of another shape
 
 
 def _sigmoid_bce(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
@@ -137,16 +141,33 @@ def _sigmoid_bce(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     return value.astype(jnp.result_type(logits))
 
 
+def _sigmoid_error(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+    """σ(z) − t, with the smaller of σ(z) and σ(−z) computed and not 1 minus the larger."""
+    z, t = wide(logits), wide(labels)
+    return jnp.where(z > 0, (1 - t) - jax.nn.sigmoid(-z), jax.nn.sigmoid(z) - t)
+
+
+def _keeps_error(logits: Any, labels: Any) -> bool:
+    """One array for each cotangent: with labels that are not differentiated, half of what logits and labels would be."""
+    return jnp.shape(logits) == jnp.shape(labels)
+
+
 def _sigmoid_forward(logits: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, _SigmoidSaved]:
-    return _sigmoid_bce(logits, labels), _SigmoidSaved(jnp.asarray(logits), jnp.asarray(labels))
+    y, logits = _sigmoid_bce(logits, labels), jnp.asarray(logits)
+    if not _keeps_error(logits, labels):
+        return y, _SigmoidSaved(logits, None, jnp.asarray(labels))
+    floating = jnp.issubdtype(jnp.result_type(labels), jnp.inexact)
+    return y, _SigmoidSaved(logits if floating else None, _sigmoid_error(logits, labels).astype(logits.dtype), None)
 
 
 def _sigmoid_backward(saved: _SigmoidSaved, dy: jax.Array) -> tuple[Any, ...]:
-    z, t, g = wide(saved.logits), wide(saved.labels), wide(dy)
-    # σ(z) − t, with the smaller of σ(z) and σ(−z) computed and not 1 minus the larger.
-    error = jnp.where(z > 0, (1 - t) - jax.nn.sigmoid(-z), jax.nn.sigmoid(z) - t)
-    dlabels = None if not jnp.issubdtype(saved.labels.dtype, jnp.inexact) else sum_to(-z * g, saved.labels.shape)
-    return sum_to(error * g, saved.logits.shape), dlabels
+    logits, error, labels, g = *saved, wide(dy)
+    if error is not None:
+        return wide(error) * g, None if logits is None else -wide(logits) * g
+    assert logits is not None
+    assert labels is not None
+    dlabels = None if not jnp.issubdtype(labels.dtype, jnp.inexact) else sum_to(-wide(logits) * g, labels.shape)
+    return sum_to(_sigmoid_error(logits, labels) * g, logits.shape), dlabels
 
 
 @rule(
@@ -165,7 +186,10 @@ def _sigmoid_backward(saved: _SigmoidSaved, dy: jax.Array) -> tuple[Any, ...]:
         sample(normal(4, 5, mean=-20.0), constant(0.0, 1, 5)),
     ],
     workloads=[sample(normal(4096, 3072), uniform(4096, 3072))],
-    keeps="logits, labels",
+    keeps="σ(z) − t, and logits where labels are differentiated; logits, labels where their shapes differ",
+    minimum=lambda logits, labels: nbytes(
+        logits, labels if jnp.issubdtype(labels.dtype, jnp.inexact) or not _keeps_error(logits, labels) else None
+    ),
 )
 def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     """Binary cross-entropy on logits, each element by itself: −t log σ(z) − (1 − t) log(1 − σ(z)).
@@ -203,13 +227,14 @@ def _chosen(shape: Sequence[int], labels: jax.Array, axes: tuple[int, ...]) -> j
 def _integer(
     logits: jax.Array, labels: jax.Array, axes: tuple[int, ...], where: jax.Array | None
 ) -> tuple[jax.Array, Normalizer]:
-    z = wide(logits)
-    normalizer = log_normalizer(z, axes, where)
-    last = jnp.moveaxis(z, axes, range(z.ndim - len(axes), z.ndim))
+    normalizer = log_normalizer(logits, axes, where)
+    last = jnp.moveaxis(logits, axes, range(logits.ndim - len(axes), logits.ndim))
     # The label's logit is gathered, one element a row. Labels beyond the classes give NaN, which nobody overlooks.
-    rows = last.reshape(*labels.shape, -1)
-    picked = jnp.take_along_axis(rows, labels[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
-    value = -Normalizer(*(part.reshape(labels.shape) for part in normalizer)).log_probability(picked)
+    classes = last.reshape(*labels.shape, -1)
+    picked = wide(jnp.take_along_axis(classes, labels[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0])
+    rows = Normalizer(*(part.reshape(labels.shape) for part in normalizer))
+    value = -rows.log_probability(picked)
+    value = jnp.where((rows.total == jnp.inf) & (picked == jnp.inf), 0, value)  # a logit of +inf: p = 1, not inf / inf
     if where is not None:
         value = jnp.where(jnp.any(where, axes), value, 0)  # a row without classes costs nothing
     return value.astype(logits.dtype), normalizer
@@ -231,7 +256,8 @@ def _integer_backward(saved: _IntegerSaved, dy: jax.Array, *, axis: int | Sequen
     p, g = normalizer.probability(wide(logits)), jnp.expand_dims(wide(dy), axes)
     if where is not None:
         p, g = jnp.where(where, p, 0), jnp.where(jnp.any(where, axes, keepdims=True), g, 0)
-    return jnp.where(_chosen(logits.shape, labels, axes), p - 1, p) * g, None, None
+    d = jnp.where(_chosen(logits.shape, labels, axes), p - 1, p) * g
+    return jnp.where(normalizer.total == jnp.inf, 0, d), None, None  # nothing finite moves a row with +inf
 
 
 @rule(
@@ -250,6 +276,7 @@ def _integer_backward(saved: _IntegerSaved, dy: jax.Array, *, axis: int | Sequen
     ],
     workloads=[sample(normal(1024, 50257), integer_labels(1024, classes=50257), dtype=d) for d in ("float32", "bfloat16")],
     keeps="logits, labels, two numbers a row",
+    minimum=lambda logits, labels, where: nbytes(logits, labels, where) + 2 * labels.size * wide_type(logits).itemsize,
 )
 def softmax_cross_entropy_with_integer_labels(
     logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] = -1, where: ArrayLike | None = None
@@ -280,6 +307,20 @@ def softmax_cross_entropy_with_integer_labels(
     return _integer(jnp.asarray(logits), jnp.asarray(labels), axes, _class_mask(where, axes, jnp.ndim(logits)))[0]
 
 
+def _below_infinity(logits: jax.Array) -> jax.Array:
+    """+inf as the largest number, so that ∞ − ∞ never appears: classes of +inf share all the probability of their row."""
+    return jnp.minimum(logits, jnp.finfo(logits.dtype).max)
+
+
+def _infinite(normalizer: Normalizer, dtype: Any) -> jax.Array:
+    """Rows with a logit of +inf. Nothing that is finite moves their loss: they receive no cotangent."""
+    return normalizer.top == jnp.finfo(dtype).max.astype(normalizer.top.dtype)
+
+
+def _still(value: jax.Array, infinite: jax.Array) -> jax.Array:
+    return jnp.where(infinite, jax.lax.stop_gradient(value), value)
+
+
 class _SoftSaved(NamedTuple):
     logits: jax.Array
     normalizer: Normalizer
@@ -293,10 +334,12 @@ def _surprise(z: jax.Array, normalizer: Normalizer, t: jax.Array) -> jax.Array:
 
 
 def _soft(logits: ArrayLike, labels: ArrayLike, axis: Any, where: jax.Array | None) -> tuple[jax.Array, Normalizer]:
-    z, t = wide(logits), wide(labels)
-    normalizer = log_normalizer(z, axis, where)
+    narrow = _below_infinity(jnp.asarray(logits))
+    normalizer = log_normalizer(narrow, axis, where)
+    z, t = wide(narrow), wide(labels)
     terms = t * _surprise(z, normalizer, t)
     value = jnp.sum(terms if where is None else jnp.where(where, terms, 0), axis)
+    value = _still(value, _infinite(normalizer, narrow.dtype).reshape(value.shape))
     return value.astype(float_type(logits, labels)), normalizer
 
 
@@ -310,8 +353,9 @@ def _soft_forward(
 
 def _soft_backward(saved: _SoftSaved, dy: jax.Array, *, axis: int | Sequence[int] | None) -> tuple[Any, ...]:
     logits, normalizer, labels, where = saved
-    z, t = wide(logits), wide(labels)
+    z, t = wide(_below_infinity(logits)), wide(labels)
     g = jnp.expand_dims(wide(dy), canonical_axes("", axis, logits.ndim))
+    g = jnp.where(_infinite(normalizer, logits.dtype), 0, g)
     p = normalizer.probability(z)
     if where is not None:
         p, t = jnp.where(where, p, 0), jnp.where(where, t, 0)
@@ -340,6 +384,7 @@ def _soft_backward(saved: _SoftSaved, dy: jax.Array, *, axis: int | Sequence[int
     ],
     workloads=[sample(normal(1024, 50257), probabilities(1024, 50257))],
     keeps="logits, labels, two numbers a row",
+    minimum=lambda logits, labels, where, y: nbytes(logits, labels, where) + 2 * y.size * wide_type(logits).itemsize,
 )
 def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1, where: ArrayLike | None = None

@@ -1,4 +1,4 @@
-"""Softmax and its logarithm, over an axis (or several) of x; sums Σ run over it, for each row.
+"""Softmax, its logarithm, and logsumexp, over an axis (or several) of x; sums Σ run over it, for each row.
 
 softmax                                       log_softmax
 
@@ -11,11 +11,17 @@ with m = max x and s = Σ exp(x − m).
 Derivation for softmax: ∂p_i/∂x_j = p_i (δ_ij − p_j), so dx_j = Σ_i dy_i p_i (δ_ij − p_j) = p_j (dy_j − Σ_i dy_i p_i).
 For its logarithm ∂y_i/∂x_j = δ_ij − p_j.
 
-softmax keeps p. log_softmax keeps y, as p = exp(y); below float32, where p would be off by the rounding of y, it keeps x and
+logsumexp, with factors b that may be negative (1 if not given):
+
+    y = m + log |S|,   S = Σ b e,   e = exp(a − m)          da = dy b e / S          db = dy e / S
+
+softmax keeps p. logsumexp keeps a, b and two numbers a row, m and S; where S = 0, as for a row of nothing but −inf, the
+gradient is 0. log_softmax keeps y, as p = exp(y); below float32, where p would be off by the rounding of y, it keeps x and
 two numbers a row in float32, m and s: not m + log s, whose rounding is the larger part of p's error for logits of some
 hundreds. With ``where``, elements that are left out have p = 0 (y = −∞ for log_softmax) and receive no cotangent.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,11 +29,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import canonical_axes, float_type, wide
+from fbackprop.ops._arithmetic import canonical_axes, float_type, nbytes, shapes, sum_to, wide, wide_type
 from fbackprop.rules import rule
 from fbackprop.samples import mask, normal, sample
 
-__all__ = ["log_softmax", "softmax"]
+__all__ = ["log_softmax", "logsumexp", "softmax"]
 
 Axis = int | Sequence[int] | None
 
@@ -49,9 +55,11 @@ class Normalizer(NamedTuple):
 
 
 def log_normalizer(x: jax.Array, axis: Any, where: jax.Array | None = None) -> Normalizer:
-    """log Σ exp(x) over ``axis``, which stays with length 1; x in float32 or wider."""
-    top = jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True, where=where, initial=-jnp.inf))
+    """log Σ exp(x) over ``axis``, which stays with length 1, in float32 or wider."""
+    # The largest is taken before x is widened: that is exact, and the wide x is then read by one reduction alone.
+    top = wide(jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True, where=where, initial=-jnp.inf)))
     top = jnp.where(jnp.isfinite(top), top, 0)  # a row of −inf: exp(−inf − 0) = 0, not exp(−inf + inf)
+    x = wide(x)
     inside = x if where is None else jnp.where(where, x, -jnp.inf)
     total = jnp.sum(jnp.exp(inside - top), axis, keepdims=True)
     return Normalizer(top, jnp.where(total == 0, 1, total))
@@ -103,6 +111,7 @@ _SAMPLES = [
     samples=_SAMPLES,
     workloads=[sample(normal(8192, 1024), dtype=d) for d in ("float32", "bfloat16")],
     keeps="y",
+    minimum=lambda y: nbytes(y),
 )
 def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
     """Turns logits into probabilities: y = exp(x) / Σ exp(x), each row positive and summing to one.
@@ -115,6 +124,12 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> ja
     """
     canonical_axes("softmax", axis, jnp.ndim(x))
     return _softmax(x, axis, where)
+
+
+def _row_bytes(x: Any, axis: Axis) -> int:
+    """The bytes of one number for each row."""
+    axes = canonical_axes("", axis, x.ndim)
+    return math.prod(n for i, n in enumerate(x.shape) if i not in axes) * wide_type(x).itemsize
 
 
 class _LogSoftmaxSaved(NamedTuple):
@@ -156,6 +171,9 @@ def _log_softmax_backward(saved: _LogSoftmaxSaved, dy: jax.Array, *, axis: Axis)
     samples=_SAMPLES,
     workloads=[sample(normal(8192, 1024), dtype=d) for d in ("float32", "bfloat16")],
     keeps="y (x and two numbers a row below float32)",
+    minimum=lambda x, y, axis, where: (
+        nbytes(y, where) if y.dtype == wide_type(x) else nbytes(x, where) + 2 * _row_bytes(x, axis)
+    ),
 )
 def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
     """The logarithm of softmax: y = x − log Σ exp(x), without overflow and without log(0).
@@ -171,3 +189,122 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
     where = None if where is None else jnp.asarray(where)
     y = log_normalizer(x_, axis, where).log_probability(x_)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(float_type(x))
+
+
+class _LogSumExpSaved(NamedTuple):
+    a: jax.Array
+    b: jax.Array | None
+    where: jax.Array | None
+    top: jax.Array  # m, with the summed axes of length 1
+    total: jax.Array  # S, likewise
+
+
+def _ranked(array: ArrayLike | None, like: jax.Array) -> jax.Array | None:
+    """An array that broadcasts, with as many dimensions as the other."""
+    return None if array is None else jnp.reshape(array, (1,) * (like.ndim - jnp.ndim(array)) + jnp.shape(array))
+
+
+def _powers(a: jax.Array, b: jax.Array | None, where: jax.Array | None, top: jax.Array) -> jax.Array:
+    """e = exp(a − m); 0 where left out. An element with the factor 0 has no part in m: there e is kept finite."""
+    x = wide(a) if where is None else jnp.where(where, wide(a), -jnp.inf)
+    largest = float(jnp.finfo(x.dtype).max)
+    difference = jnp.minimum(x, largest) - top  # a = m = +inf: e = 1
+    return jnp.exp(difference if b is None else jnp.minimum(difference, math.log(largest) - 1))
+
+
+def _top_and_total(a: jax.Array, b: jax.Array | None, where: jax.Array | None, axis: Axis) -> tuple[jax.Array, jax.Array]:
+    counted = where if b is None else (b != 0) if where is None else where & (b != 0)
+    shape = jnp.broadcast_shapes(a.shape, *(v.shape for v in (b, where) if v is not None))
+    top = jnp.max(jnp.broadcast_to(a, shape), axis, keepdims=True, where=counted, initial=-jnp.inf)
+    top = jnp.minimum(wide(jax.lax.stop_gradient(top)), float(jnp.finfo(wide_type(a)).max))
+    top = jnp.where(top == -jnp.inf, 0, top)
+    e = jnp.broadcast_to(_powers(a, b, where, top), shape)
+    return top, jnp.sum(e if b is None else e * wide(b), axis, keepdims=True)
+
+
+def _logsumexp(
+    a: jax.Array, b: jax.Array | None, where: jax.Array | None, axis: Axis, keepdims: bool, return_sign: bool
+) -> tuple[Any, jax.Array, jax.Array]:
+    top, total = _top_and_total(a, b, where, axis)
+    none = total == 0
+    y = jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1, jnp.abs(total))) + top)
+    y = jnp.where(top == float(jnp.finfo(top.dtype).max), jnp.inf, y)
+    y = y if b is None or return_sign else jnp.where(total < 0, jnp.nan, y)
+    axes = canonical_axes("", axis, top.ndim)
+    dtype = float_type(a) if b is None else float_type(a, b)
+    parts = [v if keepdims else jnp.squeeze(v, axes) for v in (y.astype(dtype), jnp.sign(total).astype(dtype))]
+    return tuple(parts) if return_sign else parts[0], top, total
+
+
+def _logsumexp_forward(
+    a: ArrayLike,
+    axis: Axis = None,
+    b: ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    where: ArrayLike | None = None,
+) -> tuple[Any, _LogSumExpSaved]:
+    a, b, where = jnp.asarray(a), *(None if v is None else jnp.asarray(v) for v in (b, where))
+    y, top, total = _logsumexp(a, _ranked(b, a), _ranked(where, a), axis, keepdims, return_sign)
+    return y, _LogSumExpSaved(a, b, where, top, total)
+
+
+def _logsumexp_backward(saved: _LogSumExpSaved, dy: Any, *, axis: Axis, keepdims: bool, return_sign: bool) -> tuple[Any, ...]:
+    a, b, where, top, total = saved
+    shape = None if b is None else b.shape
+    b, where = _ranked(b, a), _ranked(where, a)
+    g = wide(dy[0] if return_sign else dy)  # the sign is constant almost everywhere
+    g = g if keepdims else jnp.expand_dims(g, canonical_axes("", axis, top.ndim))
+    factor = jnp.where(total == 0, 0, g / jnp.where(total == 0, 1, total))
+    e = _powers(a, b, where, top)
+    da, db = factor * (e if b is None else e * wide(b)), None if b is None else factor * e
+    floating = [v is not None and jnp.issubdtype(v.dtype, jnp.inexact) for v in (a, b)]
+    da = sum_to(da, a.shape) if floating[0] else None
+    db = sum_to(db, shape) if db is not None and shape is not None and floating[1] else None
+    return da, db, None
+
+
+@rule(
+    forward=_logsumexp_forward,
+    backward=_logsumexp_backward,
+    static=["axis", "keepdims", "return_sign"],
+    samples=[
+        sample(normal(5, 7), axis=-1),
+        sample(normal(4, 3, 5, scale=3.0), (0, 2), normal(3, 5), True, True, mask(4, 3, 1)),
+        sample(normal(6, 8), where=mask(6, 8)),
+    ],
+    workloads=[sample(normal(8192, 1024), axis=-1)],
+    keeps="a, b, two numbers a row",
+    minimum=lambda a, b, where, axis: nbytes(a, b, where) + 2 * _row_bytes(a, axis),
+)
+def logsumexp(
+    a: ArrayLike,
+    axis: Axis = None,
+    b: ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    where: ArrayLike | None = None,
+) -> Any:
+    """The logarithm of a sum of exponentials: y = log Σ b exp(a), without overflow.
+
+    a [...] -> y, without the axes that are summed. A row of nothing but −inf, or of nothing at all, gives −inf with a
+    gradient of 0.
+
+    Args:
+      axis: the dimension or dimensions to sum over; None is all.
+      b: factors, of a shape that broadcasts with a; by default 1.
+      keepdims: keep the summed axes, with length 1.
+      return_sign: return (log |Σ|, sign of Σ); otherwise a negative sum gives NaN.
+      where: elements to include, of a shape that broadcasts with a.
+    Raises:
+      ValueError: where an axis is out of range or the shapes do not fit.
+    """
+    canonical_axes("logsumexp", axis, jnp.ndim(a))
+    try:
+        shape = jnp.broadcast_shapes(*(jnp.shape(v) for v in (a, b, where) if v is not None))
+    except ValueError:
+        raise ValueError(f"logsumexp: shapes that do not broadcast together: {shapes(a=a, b=b, where=where)}.") from None
+    if len(shape) != jnp.ndim(a):
+        raise ValueError(f"logsumexp: b and where have at most the dimensions of a, got {shapes(a=a, b=b, where=where)}.")
+    a = jnp.asarray(a)
+    return _logsumexp(a, _ranked(b, a), _ranked(where, a), axis, keepdims, return_sign)[0]

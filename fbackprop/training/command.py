@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fbackprop.files import read_json, write_json
 from fbackprop.training.batches import Batches
 from fbackprop.training.checkpoints import RunError
-from fbackprop.training.files import read_json, write_json
 from fbackprop.training.fit import Fit, Stopped, fit
 from fbackprop.training.gradients import gradient_errors
 from fbackprop.training.optimizers import make_optimizer

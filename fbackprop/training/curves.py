@@ -1,51 +1,36 @@
 """The picture of a run: loss, gradient norm, and accuracy where there is one, over the steps."""
 
-import io
 import math
 import pathlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fbackprop.training.files import write_atomically
+from fbackprop.drawing import BLUE, GREEN, INK, ORANGE, RED, picture, plain
 
 if TYPE_CHECKING:
     from fbackprop.training.fit import History
 
 __all__ = ["draw"]
 
-_INK, _FAINT, _GRID = "#22272e", "#8b949e", "#e3e6ea"
-_TRAIN, _TEST, _NORM, _BAD = "#2f6fb5", "#d9822b", "#3a8f6f", "#c0392b"
-
 
 def draw(history: "History", path: pathlib.Path, title: str) -> None:
     """Draws the curves of a run into a PNG file, replaced in one move."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     accuracies = [n for n in _names(history) if n.endswith("accuracy")]
     rows = 3 if accuracies else 2
-    # A figure without pyplot: no global state, no windows. The settings hold for this picture alone.
-    with matplotlib.rc_context({"font.size": 9.5, "font.family": "DejaVu Sans", "axes.edgecolor": _FAINT, "text.color": _INK}):
-        figure = Figure(figsize=(7.6, 1.0 + 2.15 * rows), dpi=144, layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
+    with picture(path, 7.6, 1.0 + 2.15 * rows, title) as figure:
         axes: list[Any] = list(np.atleast_1d(figure.subplots(rows, 1, sharex=True)))
-        figure.suptitle(title, x=0.015, ha="left", fontsize=11.5, fontweight="bold")
-        loss = _series(axes[0], history, "loss", _TRAIN, "training")
+        loss = _series(axes[0], history, "loss", BLUE, "training")
         losses = [loss, *_evaluated(axes[0], history, [n for n in _names(history) if n.endswith("_loss")])]
         _style(axes[0], "loss", losses)
         if accuracies:
             _style(axes[1], "accuracy", [])
             _percent_axis(axes[1], _evaluated(axes[1], history, accuracies, share=True))
-        norm = _series(axes[-1], history, "grad_norm", _NORM, "")
+        norm = _series(axes[-1], history, "grad_norm", GREEN, "")
         _style(axes[-1], "gradient norm", [norm])
         _mark_skipped(axes[-1], history)
-        axes[-1].set_xlabel("step", color=_INK)
+        axes[-1].set_xlabel("step", color=INK)
         axes[-1].set_xlim(0, max(len(history.steps.get("loss", ())), 1))
-        content = io.BytesIO()
-        figure.savefig(content, format="png")
-    write_atomically(path, content.getvalue())
 
 
 def _names(history: "History") -> list[str]:
@@ -89,7 +74,7 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 def _evaluated(axis: Any, history: "History", names: list[str], share: bool = False) -> list[np.ndarray]:
     """The values of the evaluations; the last one is written beside its point where the axis is one of shares."""
-    colors = (_TEST, "#7a5195", "#667788")
+    colors = (ORANGE, "#7a5195", "#667788")
     found = []
     for name, color in zip(names, colors):
         rows = [(row["step"], row[name]) for row in history.evaluations if math.isfinite(row.get(name, math.nan))]
@@ -111,12 +96,7 @@ def _style(axis: Any, name: str, values: list[np.ndarray]) -> None:
     """The title, the grid and a scale that suits the values."""
     from matplotlib.ticker import LogLocator
 
-    axis.set_title(name, loc="left", fontsize=9.5, color=_INK, pad=5)
-    axis.grid(True, color=_GRID, linewidth=0.7)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    axis.tick_params(colors=_INK, length=3, color=_FAINT)
+    plain(axis, name)
     known = np.concatenate([np.ravel(v) for v in values]) if values else np.empty(0)
     known = known[np.isfinite(known) & (known > 0)]
     if known.size and known.max() > 15 * known.min():
@@ -145,6 +125,6 @@ def _mark_skipped(axis: Any, history: "History") -> None:
     if len(skipped):
         axis.plot(
             skipped, np.full(len(skipped), 0.03), transform=axis.get_xaxis_transform(), linestyle="none",
-            marker="|", color=_BAD, markersize=9, label="skipped",
+            marker="|", color=RED, markersize=9, label="skipped",
         )  # fmt: skip
         axis.legend(frameon=False, loc="upper right", fontsize=9, bbox_to_anchor=(1.0, 1.14))

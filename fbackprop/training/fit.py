@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import optax
 
+from fbackprop.files import read_json, write_json
 from fbackprop.training.batches import Batches
 from fbackprop.training.checkpoints import Checkpoints, RunError
-from fbackprop.training.files import read_json, write_json
 from fbackprop.training.progress import Reporter, interrupts
 from fbackprop.training.step import LossFn, TrainState, init_train_state, make_step
 

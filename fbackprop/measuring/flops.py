@@ -1,0 +1,43 @@
+"""Floating-point operations of matrix products and convolutions, counted in a traced program."""
+
+import math
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+__all__ = ["matmul_flops"]
+
+
+def matmul_flops(program: Any) -> int:
+    """Two for each multiplication and addition of every ``dot_general`` and ``conv_general_dilated``, as traced: before the
+    compiler drops or shares anything.
+
+    A scan counts its body as often as it runs; of the branches of a ``cond`` the dearest counts; a ``while`` loop, whose
+    number of turns is not known, counts once. A convolution over a dilated input counts the zeros between its elements.
+
+    Args:
+      program: a jaxpr, such as ``jax.make_jaxpr(f)(*args)``.
+    """
+    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+    return sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+    if name == "conv_general_dilated":
+        kernel, out = params["dimension_numbers"].rhs_spec, equation.outvars[0].aval.shape
+        shape = equation.invars[1].aval.shape
+        return 2 * math.prod(out) * math.prod(shape[i] for i in kernel[1:])  # without the axis of output features
+    inner = [matmul_flops(p) for p in _programs(params)]
+    if name == "cond":
+        return max(inner, default=0)
+    return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _programs(params: dict[str, Any]) -> list[Any]:
+    values = [v for p in params.values() for v in (p if isinstance(p, (tuple, list)) else (p,))]
+    return [v for v in values if isinstance(v, (Jaxpr, ClosedJaxpr))]

@@ -1,0 +1,116 @@
+"""The pictures of ``fbackprop bench``: times and bytes of each op, and curves over a size."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from fbackprop.drawing import BLUE, FAINT, GREEN, INK, ORANGE, picture, plain
+from fbackprop.measuring.programs import SETTINGS
+from fbackprop.measuring.report import Row, opponents, score
+from fbackprop.measuring.times import geometric_mean
+
+__all__ = ["draw_ops", "draw_scaling"]
+
+_COLORS = {"fused": BLUE, "stored": ORANGE}
+
+
+def draw_ops(rows: Sequence[Row], path: pathlib.Path, device: str) -> None:
+    """Bars for each op: how many times faster than whom it is held against, and bytes kept over the least possible."""
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    lines = [(op, against) for op in ops for against in opponents([row for row in rows if row["op"] == op])]
+    chosen = [[row for row in rows if (row["op"], row["against"]) == line] for line in lines]
+    labels = [op if against == "jax.grad" else f"{op} / {against}" for op, against in lines]
+    with picture(path, 10.5, 1.3 + 0.32 * len(lines), f"hand-written backward passes ({device})") as figure:
+        speed, kept = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        settings = [s for s in SETTINGS if any(row["setting"] == s for row in rows)]
+        for i, setting in enumerate(settings):
+            offset = (i - (len(settings) - 1) / 2) * 0.38
+            values = [score(group, setting) for group in chosen]
+            _bars(speed, values, offset, _COLORS[setting], setting)
+        plain(speed, "times faster than jax.grad (or as named), geometric mean over workloads")
+        bases = [_least(group) for group in chosen]
+        for key, name, color, offset in (
+            ("residual_bytes", "ours", GREEN, -0.19),
+            ("residual_bytes_against", "theirs", FAINT, 0.19),
+        ):
+            values = [_mean_over(group, key, base) for group, base in zip(chosen, bases)]
+            _bars(kept, values, offset, color, name)
+        plain(kept, "bytes kept, over the least that any backward needs")
+        for axis in (speed, kept):
+            axis.set_xscale("log")
+            low, high = axis.get_xlim()
+            axis.set_xlim(min(low, 0.8), max(high, 1.25) * 1.35)
+            axis.xaxis.set_major_locator(_ticks(*axis.get_xlim()))
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.minorticks_off()
+            axis.axvline(1, color=INK, linewidth=0.9)
+            axis.legend(frameon=False, loc="lower right", fontsize=9, ncols=2, bbox_to_anchor=(1.0, 1.0), borderaxespad=1.6)
+        speed.set_yticks(range(len(labels)), labels)
+        speed.set_ylim(len(labels) - 0.4, -0.6)
+
+
+def _bars(axis: Any, values: Sequence[float], offset: float, color: str, label: str) -> None:
+    """Bars from 1 to a value, with the value beside them; a sign where there is none."""
+    known = [(i + offset, v) for i, v in enumerate(values) if not math.isnan(v)]
+    places, sizes = [y for y, _ in known], [v for _, v in known]
+    axis.barh(places, [v - 1 for v in sizes], height=0.36, left=1, color=color, label=label)
+    for place, value in known:
+        side = 1 if value >= 1 else -1
+        text, align = f"{value:.2f}" if value < 9.995 else f"{value:.0f}", "left" if side > 0 else "right"
+        beside: dict[str, Any] = {"xytext": (3 * side, 0), "textcoords": "offset points", "ha": align, "va": "center"}
+        axis.annotate(text, (value, place), fontsize=7.5, color=INK, **beside)
+
+
+def _ticks(low: float, high: float) -> Any:
+    from matplotlib.ticker import FixedLocator
+
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    return FixedLocator([n * 10.0**k for k in range(-3, 7) for n in steps if low <= n * 10.0**k <= high])
+
+
+def _least(group: Sequence[Row]) -> str:
+    """What bytes are compared with: the least possible where every workload tells it, else our own."""
+    return "residual_bytes_minimum" if all(row["residual_bytes_minimum"] for row in group) else "residual_bytes"
+
+
+def _mean_over(group: Sequence[Row], key: str, base: str) -> float:
+    return geometric_mean([row[key] / row[base] for row in group if row[key] and row[base]])
+
+
+# -------------------------------------------------------------------------------------------------------------- scaling
+
+_CURVES = {"ours": (BLUE, "o", "ours"), "jax.grad": (ORANGE, "s", "jax.grad"), "best": (GREEN, "^", "best checkpoint policy")}
+_PANELS = (("temp_bytes", "temporaries, MiB"), ("residual_bytes", "kept for the backward, MiB"), ("milliseconds", "time, ms"))
+
+
+def draw_scaling(curves: Sequence[Any], path: pathlib.Path, device: str) -> None:
+    """A column for each sweep; temporaries, kept bytes and time over its size, on logarithmic axes."""
+    with picture(path, max(3.7 * len(curves) + 0.6, 6.2), 8.2, f"value and gradient over size ({device})") as figure:
+        grid = figure.subplots(3, len(curves), squeeze=False, sharex="col")
+        handles: dict[str, Any] = {}
+        for column, curve in zip(grid.T, curves):
+            for axis, (key, title) in zip(column, _PANELS):
+                for side, (color, marker, label) in _CURVES.items():
+                    points = [(p["size"], p["sides"][side][key]) for p in curve["points"] if p["sides"].get(side)]
+                    points = [(x, max(y / 2**20, 1e-3) if key.endswith("bytes") else y) for x, y in points if y is not None]
+                    if points:
+                        style = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.6}
+                        style["zorder"] = 3 if side == "ours" else 2  # where curves meet, ours is seen
+                        (handles[label],) = axis.plot(*zip(*points), **style)
+                plain(axis, title)
+                axis.set_xscale("log", base=2)
+                axis.set_yscale("log")
+                axis.yaxis.set_major_locator(_ticks(*axis.get_ylim()))
+                axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                axis.minorticks_off()
+            sizes = [p["size"] for p in curve["points"]]
+            column[-1].set_xticks(sizes, [_short(n) for n in sizes], rotation=0)
+            column[-1].set_xlabel(curve["axis"], color=INK)
+            column[0].set_title(f"{curve['op']}\n", loc="left", fontsize=10.5, fontweight="bold", color=INK)
+            column[0].text(0, 1.02, _PANELS[0][1], transform=column[0].transAxes, fontsize=9.5, color=INK)
+        figure.legend(list(handles.values()), list(handles), frameon=False, loc="outside lower left", ncols=3, fontsize=9)
+
+
+def _short(number: int) -> str:
+    return f"{number // 1024}k" if number >= 1024 and number % 1024 == 0 else str(number)
