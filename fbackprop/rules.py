@@ -471,7 +471,7 @@ def elementwise(
         as a function of any of the arguments and of the output ``y``, by name. What no derivative names is not kept.
         They compute in float32 or wider, and a smaller argument that was broadcast receives the sum.
       narrow: the derivatives to use where x is narrower than float32: a rounded y may say less than x does.
-      static, exact, samples, workloads, keeps, minimum: as for ``rule``. By default arrays that suit a function of one argument.
+      static, exact, samples, workloads, keeps, minimum: as for ``rule``. By default arrays for a function of one argument.
     """
 
     def register(reference: Callable[P, R]) -> Op[P, R]:

@@ -46,9 +46,11 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("accumulated", [True, False])
+@pytest.mark.parametrize(
+    ("transposed", "accumulated"),
+    [(False, True), (True, False), *(pytest.param(same, same, marks=pytest.mark.slow) for same in (False, True))],
+)
 def test_every_schedule_in_several_blocks_is_optax(monkeypatch, options, transposed, accumulated):
     monkeypatch.setattr(blocks, "_LOGITS", 1)  # 256 classes a block, so that 700 are two blocks and one that overlaps
     monkeypatch.setattr(blocks, "_ACCUMULATOR", 1 << 26 if accumulated else 0)
@@ -250,8 +252,8 @@ def test_bad_input_gets_a_sentence(call, sentence):
         {},
         {"axis": -1},
         {"axis": (0, 2), "keepdims": True},
-        {"axis": 1, "b": jnp.array([1.0, -2.0, 0.5])[:, None]},
-        {"axis": 1, "b": jnp.array([1.0, -2.0, 0.5])[:, None], "return_sign": True},
+        {"axis": 1, "b": jnp.array([1.0, -2.0, 0.5])[None, :, None]},
+        {"axis": 1, "b": jnp.array([1.0, -2.0, 0.5])[None, :, None], "return_sign": True},
         {"axis": 2, "where": jnp.array([True, True, False, True])},
         {"axis": (0, 1, 2), "b": jnp.float32(3.0), "where": jnp.array([True, False, True])[:, None], "keepdims": True},
     ],
@@ -326,7 +328,7 @@ LOSSES += ["softmax_cross_entropy_with_integer_labels", "sigmoid_binary_cross_en
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_what_is_kept_is_the_minimum(name, dtype):
     """The formula of the rule, for every sample, with everything differentiated."""
     rule = RULES[name]

@@ -15,11 +15,11 @@ from fbackprop.ops.activations import softplus as softplus
 from fbackprop.ops.activations import squareplus as squareplus
 from fbackprop.ops.activations import step_ste as step_ste
 from fbackprop.ops.activations import tanh as tanh
+from fbackprop.ops.adapters import lora_dense as lora_dense
 from fbackprop.ops.adaptive import adaptive_avg_pool as adaptive_avg_pool
 from fbackprop.ops.adaptive import adaptive_max_pool as adaptive_max_pool
 from fbackprop.ops.adaptive import global_avg_pool as global_avg_pool
 from fbackprop.ops.adaptive import global_max_pool as global_max_pool
-from fbackprop.ops.adapters import lora_dense as lora_dense
 from fbackprop.ops.attention import dot_product_attention as dot_product_attention
 from fbackprop.ops.batch_normalization import batch_norm as batch_norm
 from fbackprop.ops.blocks import norm_dense as norm_dense
@@ -77,9 +77,9 @@ __all__ = [
     "geglu_mlp",
     "gelu",
     "gelu_mlp",
-    "group_norm",
     "global_avg_pool",
     "global_max_pool",
+    "group_norm",
     "gru",
     "half_square",
     "hard_sigmoid",

@@ -158,7 +158,8 @@ def first_best(x: jax.Array, windows: Windows, largest: bool) -> tuple[jax.Array
     """
     dtype = place_type(windows.taps)
     exact = np.dtype(dtype).itemsize <= 2  # float32 counts so far, and beyond; selects are fastest where widths agree
-    best, place = windows.padded(x, -np.inf if largest else np.inf), None
+    best: jax.Array = windows.padded(x, -np.inf if largest else np.inf)
+    place: Any = None
     below = 1  # taps in the dimensions that are done
     for dimension in reversed(range(len(windows.taps))):
         values, places = best, place
@@ -174,7 +175,6 @@ def first_best(x: jax.Array, windows: Windows, largest: bool) -> tuple[jax.Array
                 best = jnp.maximum(best, value) if largest else jnp.minimum(best, value)
                 place = jnp.where(better, here, place)
         below *= windows.taps[dimension]
-    assert place is not None
     if exact:
         # √(p² + p + ¼) = p + ½, whose whole part is p. A root is what the compiler holds for too dear to compute twice; without
         # it, it would find the places again for every place that gathers.

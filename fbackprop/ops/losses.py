@@ -11,8 +11,10 @@
 
 with lse(z) = log Σ exp(z) = m + log s, m = max z, s = Σ exp(z − m), and p = softmax(z) = exp(z − m) / s. The difference
 "what was predicted minus what was wanted" is the first factor of every backward pass, and all that the squared errors keep.
-So does the sigmoid BCE: σ(z) − t, and z only where labels are differentiated. The softmax cross-entropies keep the logits, the
-labels and two numbers a row, m and s: never a second array of the size of the logits. A logit of +inf takes the probability of
+So does the sigmoid BCE: σ(z) − t, and z only where labels are differentiated. The softmax cross-entropies keep one array of
+the size of the logits and two numbers a row. With soft labels these are the logits, and m and s; with integer labels exp(z − m),
+so that the backward only multiplies, s, and p[t] − 1 = exp(−L) − 1 for the label's own element, which would lose its digits as
+the difference of a rounded p and 1. A logit of +inf takes the probability of
 its row, which receives a gradient of 0. Sums are in float32 or wider.
 """
 
@@ -201,10 +203,10 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Ar
 
 
 class _IntegerSaved(NamedTuple):
-    logits: jax.Array
-    normalizer: Normalizer
+    exponentials: jax.Array  # exp(z − m), in the dtype of the logits
+    total: jax.Array  # s of each row
+    excess: jax.Array  # p[t] − 1 of each row; 0 where it has no classes
     labels: jax.Array
-    where: jax.Array | None
 
 
 def _class_mask(where: ArrayLike | None, axis: Any, ndim: int) -> jax.Array | None:
@@ -224,20 +226,25 @@ def _chosen(shape: Sequence[int], labels: jax.Array, axes: tuple[int, ...]) -> j
     return jnp.equal(position, jnp.where(label < 0, label + classes, label))
 
 
+def _at_labels(array: jax.Array, labels: jax.Array, axes: tuple[int, ...], beyond: Any) -> jax.Array:
+    """The label's element of each row of an array of the shape of the logits."""
+    last = jnp.moveaxis(array, axes, range(array.ndim - len(axes), array.ndim)).reshape(*labels.shape, -1)
+    return jnp.take_along_axis(last, labels[..., None], axis=-1, mode="fill", fill_value=beyond)[..., 0]
+
+
 def _integer(
     logits: jax.Array, labels: jax.Array, axes: tuple[int, ...], where: jax.Array | None
 ) -> tuple[jax.Array, Normalizer]:
+    """The loss in float32 or wider, and what the probabilities are made of."""
     normalizer = log_normalizer(logits, axes, where)
-    last = jnp.moveaxis(logits, axes, range(logits.ndim - len(axes), logits.ndim))
     # The label's logit is gathered, one element a row. Labels beyond the classes give NaN, which nobody overlooks.
-    classes = last.reshape(*labels.shape, -1)
-    picked = wide(jnp.take_along_axis(classes, labels[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0])
+    picked = wide(_at_labels(logits, labels, axes, jnp.nan))
     rows = Normalizer(*(part.reshape(labels.shape) for part in normalizer))
     value = -rows.log_probability(picked)
     value = jnp.where((rows.total == jnp.inf) & (picked == jnp.inf), 0, value)  # a logit of +inf: p = 1, not inf / inf
     if where is not None:
         value = jnp.where(jnp.any(where, axes), value, 0)  # a row without classes costs nothing
-    return value.astype(logits.dtype), normalizer
+    return value, normalizer
 
 
 def _integer_forward(
@@ -247,17 +254,22 @@ def _integer_forward(
     axes = canonical_axes("", axis, logits.ndim)
     where = _class_mask(where, axes, logits.ndim)
     value, normalizer = _integer(logits, labels, axes, where)
-    return value, _IntegerSaved(logits, normalizer, labels, where)
+    inside = wide(logits) if where is None else jnp.where(where, wide(logits), -jnp.inf)
+    e = jnp.exp(inside - normalizer.top).astype(logits.dtype)  # as inside of the sum: the compiler forms them once
+    excess = jnp.expm1(-value)
+    if where is not None:  # a label that is left out has p[t] = 0
+        left_in = _at_labels(jnp.broadcast_to(where, logits.shape), labels, axes, False)
+        excess = jnp.where(left_in, excess, jnp.where(jnp.any(where, axes), -1, 0))
+    return value.astype(logits.dtype), _IntegerSaved(e, normalizer.total, excess, labels)
 
 
 def _integer_backward(saved: _IntegerSaved, dy: jax.Array, *, axis: int | Sequence[int]) -> tuple[Any, ...]:
-    logits, normalizer, labels, where = saved
-    axes = canonical_axes("", axis, logits.ndim)
-    p, g = normalizer.probability(wide(logits)), jnp.expand_dims(wide(dy), axes)
-    if where is not None:
-        p, g = jnp.where(where, p, 0), jnp.where(jnp.any(where, axes, keepdims=True), g, 0)
-    d = jnp.where(_chosen(logits.shape, labels, axes), p - 1, p) * g
-    return jnp.where(normalizer.total == jnp.inf, 0, d), None, None  # nothing finite moves a row with +inf
+    e, total, excess, labels = saved
+    axes = canonical_axes("", axis, e.ndim)
+    g = wide(dy)
+    d = wide(e) * (jnp.expand_dims(g, axes) / total)
+    d = jnp.where(_chosen(e.shape, labels, axes), jnp.expand_dims(excess * g, axes), d)
+    return jnp.where(total == jnp.inf, 0, d), None, None  # nothing finite moves a row with +inf
 
 
 @rule(
@@ -275,8 +287,8 @@ def _integer_backward(saved: _IntegerSaved, dy: jax.Array, *, axis: int | Sequen
         sample(normal(9, 5), integer_labels(9, classes=5, low=-5), where=mask(9, 5, keep=0.2)),
     ],
     workloads=[sample(normal(1024, 50257), integer_labels(1024, classes=50257), dtype=d) for d in ("float32", "bfloat16")],
-    keeps="logits, labels, two numbers a row",
-    minimum=lambda logits, labels, where: nbytes(logits, labels, where) + 2 * labels.size * wide_type(logits).itemsize,
+    keeps="exp(logits − their largest), labels, two numbers a row",
+    minimum=lambda logits, labels: nbytes(logits, labels) + 2 * labels.size * wide_type(logits).itemsize,
 )
 def softmax_cross_entropy_with_integer_labels(
     logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] = -1, where: ArrayLike | None = None
@@ -304,7 +316,8 @@ def softmax_cross_entropy_with_integer_labels(
             f"{who}: labels must have the shape of the logits without the classes, {rows}; got "
             f"{shapes(logits=logits, labels=labels)}."
         )
-    return _integer(jnp.asarray(logits), jnp.asarray(labels), axes, _class_mask(where, axes, jnp.ndim(logits)))[0]
+    value = _integer(jnp.asarray(logits), jnp.asarray(labels), axes, _class_mask(where, axes, jnp.ndim(logits)))[0]
+    return value.astype(jnp.result_type(logits))
 
 
 def _below_infinity(logits: jax.Array) -> jax.Array:

@@ -34,7 +34,9 @@ from fbackprop.samples import constant, normal, sample
 __all__ = ["hard_sigmoid", "hard_tanh", "leaky_relu", "relu", "relu6"]
 
 
-_SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)  # of the four elements in a byte
+def _shifts(ndim: int) -> np.ndarray:
+    """Of the four elements in a byte, along the last of ``ndim`` axes."""
+    return np.arange(0, 8, 2, dtype=np.uint8).reshape((1,) * (ndim - 1) + (4,))
 
 
 class _Saved(NamedTuple):
@@ -52,7 +54,7 @@ def _packed(mask: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(fours.astype(jnp.uint2), jnp.uint8)
 
     def by_shifts(fours: jax.Array) -> jax.Array:
-        return jnp.sum(fours.astype(jnp.uint8) << _SHIFTS, -1, dtype=jnp.uint8)
+        return jnp.sum(fours.astype(jnp.uint8) << _shifts(fours.ndim), -1, dtype=jnp.uint8)
 
     return jax.lax.platform_dependent(fours, cpu=by_type, default=by_shifts)
 
@@ -64,7 +66,7 @@ def _unpacked(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return jax.lax.bitcast_convert_type(bits, jnp.uint2).astype(bool)
 
     def by_shifts(bits: jax.Array) -> jax.Array:
-        return (bits[..., None] >> _SHIFTS) & 1 > 0
+        return ((bits[..., None] >> _shifts(bits.ndim + 1)) & 1).astype(bool)
 
     fours = jax.lax.platform_dependent(bits, cpu=by_type, default=by_shifts)
     mask = fours.reshape(*bits.shape[:-1], bits.shape[-1] * 4)

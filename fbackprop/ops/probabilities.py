@@ -255,7 +255,8 @@ def _logsumexp_backward(saved: _LogSumExpSaved, dy: Any, *, axis: Axis, keepdims
     b, where = _ranked(b, a), _ranked(where, a)
     g = wide(dy[0] if return_sign else dy)  # the sign is constant almost everywhere
     g = g if keepdims else jnp.expand_dims(g, canonical_axes("", axis, top.ndim))
-    factor = jnp.where(total == 0, 0, g / jnp.where(total == 0, 1, total))
+    flat = total == 0 if b is None or return_sign else total <= 0  # where y is −inf, or NaN
+    factor = jnp.where(flat, 0, g / jnp.where(flat, 1, total))
     e = _powers(a, b, where, top)
     da, db = factor * (e if b is None else e * wide(b)), None if b is None else factor * e
     floating = [v is not None and jnp.issubdtype(v.dtype, jnp.inexact) for v in (a, b)]
