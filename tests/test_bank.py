@@ -55,7 +55,13 @@ def test_functions_are_the_same_for_every_seed_and_values_are_not(entry):
     assert [(leaf.shape, leaf.dtype) for leaf in leaves[0]] == [(leaf.shape, leaf.dtype) for leaf in leaves[1]]
 
 
-@pytest.mark.parametrize("entry", [e for e in bank.WRONG if e.depth == "quick"], ids=lambda e: e.name)
+def some(entries, share, always=()):
+    """Each ``share``-th entry by default, and those that are named; the others with ``--slow``."""
+    kept = [e.name in always or number % share == 0 for number, e in enumerate(entries)]
+    return [pytest.param(e, id=e.name, marks=() if keep else pytest.mark.slow) for e, keep in zip(entries, kept)]
+
+
+@pytest.mark.parametrize("entry", some([e for e in bank.WRONG if e.depth == "quick"], 2, bank.ANCHORS.values()))
 def test_a_wrong_rule_is_caught_by_the_check_that_is_named_for_it(entry):
     found, report = caught(entry, 0)
     assert found.get(entry.check) == set(entry.where.split(", ")), f"\n{report}"
@@ -63,7 +69,7 @@ def test_a_wrong_rule_is_caught_by_the_check_that_is_named_for_it(entry):
     assert set(alone) == {entry.check}, f"\n{report}"
 
 
-@pytest.mark.parametrize("entry", [e for e in bank.WRONG if e.depth != "quick"], ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", some([e for e in bank.WRONG if e.depth != "quick"], 2, bank.ANCHORS.values()))
 def test_what_only_shows_in_depth_is_caught_there(entry):
     alone, report = caught(entry, 0, [entry.check])
     assert alone == {entry.check: set(entry.where.split(", "))}, f"\n{report}"

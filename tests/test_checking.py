@@ -87,7 +87,9 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "float64"))]
+)
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_functions_pass(name, dtype):
     fn, args = RIGHT[name]

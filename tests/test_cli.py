@@ -164,7 +164,8 @@ def test_own_files(here, capsys):
 # Stopping and resuming
 
 
-@pytest.mark.parametrize("preset", ["digits-mlp", pytest.param("digits-cnn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["digits-mlp", "digits-cnn"])
 def test_resumed_and_extended_is_bitwise_one_long_run(here, capsys, preset):
     assert train(preset, "--steps", 24, "--out", "whole", "--seed", 3, "--lr", "0.002") == 0
     assert train(preset, "--steps", 9, "--out", "parts", "--seed", 3, "--lr", "0.002") == 0

@@ -3,7 +3,10 @@
 import math
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]  (since 0.12 another name of Jaxpr)
+    Jaxpr,
+)
 
 __all__ = ["matmul_flops"]
 

@@ -12,10 +12,10 @@
 with lse(z) = log Σ exp(z) = m + log s, m = max z, s = Σ exp(z − m), and p = softmax(z) = exp(z − m) / s. The difference
 "what was predicted minus what was wanted" is the first factor of every backward pass, and all that the squared errors keep.
 So does the sigmoid BCE: σ(z) − t, and z only where labels are differentiated. The softmax cross-entropies keep one array of
-the size of the logits and two numbers a row. With soft labels these are the logits, and m and s; with integer labels exp(z − m),
-so that the backward only multiplies, s, and p[t] − 1 = exp(−L) − 1 for the label's own element, which would lose its digits as
-the difference of a rounded p and 1. A logit of +inf takes the probability of
-its row, which receives a gradient of 0. Sums are in float32 or wider.
+the size of the logits and two numbers a row. With soft labels these are the logits, and m and s. With integer labels they are
+exp(z − m), so that the backward only multiplies, s, and p[t] − 1 = exp(−L) − 1 for the label's own element, which as the
+difference of a rounded p and 1 would lose its digits. A logit of +inf takes the probability of its row, which receives a
+gradient of 0. Sums are in float32 or wider.
 """
 
 import math

@@ -99,7 +99,7 @@ _SAMPLES = [
     sample(normal(4, 3, 5, scale=3.0), axis=1),
     sample(normal(4, 3, 5), axis=(0, 2)),
     sample(normal(6, 8), where=mask(6, 8)),
-    sample(normal(5, 7, scale=8.0)),
+    sample(normal(9, 7, scale=8.0)),
     sample(normal(6, 8), where=mask(6, 8, keep=0.1)),
 ]
 
