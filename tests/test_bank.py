@@ -83,7 +83,7 @@ def test_a_wrong_rule_is_caught_whatever_the_seed(entry):
         assert found.get(entry.check) == set(entry.where.split(", ")), f"seed {seed}\n{report}"
 
 
-@pytest.mark.parametrize("entry", [e for e in bank.RIGHT if not e.slow], ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", some([e for e in bank.RIGHT if not e.slow], 2))
 def test_a_right_function_passes(entry):
     assert_passes(entry, 0, entry.shapes[0])
 

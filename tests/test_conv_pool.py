@@ -108,6 +108,13 @@ def test_dilated_pooling_by_hand():
     np.testing.assert_allclose(fb.avg_pool(x, **options).ravel(), [2, 7, 10 / 3], rtol=1e-6)
 
 
+@pytest.mark.parametrize("options", [((2, 2), (2, 3), ((1, 0), (2, 1))), ((2, 2), (2, 2)), ((1, 3), (4, 3))], ids=str)
+def test_average_pooling_of_many_features(options):
+    """Windows that lie apart, of few elements, over vectors of features take a path of their own."""
+    pool = lambda x: fb.avg_pool(x, *options)  # noqa: E731
+    assert_same_gradients(pool, fb.without_rules(pool), normal(0, 2, 5, 7, 16))
+
+
 def test_places_of_windows_with_more_than_a_byte_of_them():
     x = normal(0, 1, 300, 2)
     _, saved = fb.max_pool.forward(x, (290,))

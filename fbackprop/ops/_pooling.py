@@ -76,6 +76,23 @@ class Sliding(NamedTuple):
     def _tiles(self) -> list[int]:
         return [-(-n // s) for n, s in zip(self.sizes, self.strides)]
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether no place is met by two windows, as far as the sizes alone tell."""
+        return all((w - 1) * d < s for w, d, s in zip(self.taps, self.dilation, self.strides))
+
+    def interleaved(self, value: jax.Array) -> jax.Array:
+        """Each window's value at the places of its taps, summed tap by tap with nothing between. For a few taps and vectors of
+        features the compiler makes a faster loop of this than of the views: it computes the value for a whole vector."""
+        total: Any = None
+        for k in np.ndindex(*self.taps):
+            starts = [i * d for i, d in zip(k, self.dilation)]
+            every = zip(starts, self.strides, self.pads, self.sizes, self.out)
+            config = [(i - a, n - b - i - (o - 1) * s - 1, s - 1) for i, s, (a, b), n, o in every]
+            part = jax.lax.pad(value, jnp.zeros((), value.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+            total = part if total is None else total + part
+        return total
+
     def finish(self, total: jax.Array) -> jax.Array:
         """Tiles as places, without the padding. They may end before the last place (which no window meets) or behind it."""
         full = [t * s for t, s in zip(self._tiles, self.strides)]
@@ -187,6 +204,9 @@ def gather(value: jax.Array, windows: Windows, place: jax.Array | None = None) -
 
     value, place [n, *windows, features] -> [n, *spatial, features].
     """
+    few = place is None and math.prod(windows.taps) <= 4 and value.shape[-1] >= 16
+    if few and isinstance(windows, Sliding) and windows.is_apart:
+        return windows.interleaved(value)
     total: Any = None
     for look, wanted, inside in windows.views():
         part = look(value)

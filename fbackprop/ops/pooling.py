@@ -104,9 +104,7 @@ def _extreme_backward(
     window_dilation: Sizes | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     windows = sliding("max_pool", saved.shape.value, window_shape, strides, padding, window_dilation)
-    # Where windows overlap, in at least float32: cotangents add up.
-    apart = all((w - 1) * d < s for w, d, s in zip(windows.taps, windows.dilation, windows.strides))
-    g = dy if apart else wide(dy)
+    g = dy if windows.is_apart else wide(dy)  # where windows overlap, cotangents add up in at least float32
     return (gather(images(g, windows), windows, saved.place).reshape(saved.shape.value),)
 
 

@@ -197,7 +197,8 @@ def _shifted_layer(shift: jax.Array, x: jax.Array) -> jax.Array:
                note="8 layers"),
     ],
     keeps="params_f, params_g, y in twice the precision: no activation of any layer",
-    minimum=lambda params_f, params_g, y: nbytes(*jax.tree.leaves((params_f, params_g)), y),
+    # Of the output alone, rounded to the precision of x, the inputs of the layers cannot be had in that precision.
+    minimum=lambda params_f, params_g, y: nbytes(*jax.tree.leaves((params_f, params_g)), y, y),
     recomputes="the input of each layer from its output: f and g",
 )  # fmt: skip
 def reversible(f: Block, g: Block, params_f: Any, params_g: Any, x: ArrayLike) -> jax.Array:
