@@ -1,8 +1,8 @@
 """Tests that every rule gets by standing in RULES. Adding an op adds its tests; nothing here names an op.
 
 By default each rule runs in float32 on its first two samples and in bfloat16 on its first; ``--slow`` runs all of them, and
-the other dtypes. Rules of the one-line form are formulas in one and the same code: what that code decides, how it behaves under vmap and
-the like, is by default tested on some of them.
+the other dtypes. Rules of the one-line form are formulas in one and the same code: what that code decides, how it behaves under
+vmap and the like, is by default tested on some of them.
 """
 
 import contextlib
