@@ -83,7 +83,9 @@ class Sliding(NamedTuple):
 
     def interleaved(self, value: jax.Array) -> jax.Array:
         """Each window's value at the places of its taps, summed tap by tap with nothing between. For a few taps and vectors of
-        features the compiler makes a faster loop of this than of the views: it computes the value for a whole vector."""
+        features the compiler makes a faster loop of this than of the views: it computes the value for a whole vector. The two
+        signs change nothing but that: values that are only copied would be copied one by one."""
+        value = -value
         total: Any = None
         for k in np.ndindex(*self.taps):
             starts = [i * d for i, d in zip(k, self.dilation)]
@@ -91,7 +93,7 @@ class Sliding(NamedTuple):
             config = [(i - a, n - b - i - (o - 1) * s - 1, s - 1) for i, s, (a, b), n, o in every]
             part = jax.lax.pad(value, jnp.zeros((), value.dtype), [(0, 0, 0), *config, (0, 0, 0)])
             total = part if total is None else total + part
-        return total
+        return -total
 
     def finish(self, total: jax.Array) -> jax.Array:
         """Tiles as places, without the padding. They may end before the last place (which no window meets) or behind it."""
