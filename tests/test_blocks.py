@@ -133,9 +133,7 @@ def test_what_is_kept_is_the_minimum(name, dtype):
             return rule.call(rule.op, values, static)
 
         kept, least = saved_bytes(call, *given), rule.minimum_bytes(y, dynamic, static)
-        # reversible keeps its output in twice the precision.
-        wider = y.size * y.dtype.itemsize if name == "reversible" else 0
-        assert kept == least + wider, f"{name} ({sample}) keeps {kept} bytes, the minimum is {least}"
+        assert kept == least, f"{name} ({sample}) keeps {kept} bytes, the minimum is {least}"
 
 
 def test_the_gradient_of_a_frozen_kernel_is_never_formed():
