@@ -28,7 +28,7 @@ def draw_ops(rows: Sequence[Row], path: pathlib.Path, device: str) -> None:
             offset = (i - (len(settings) - 1) / 2) * 0.38
             values = [score(group, setting) for group in chosen]
             _bars(speed, values, offset, _COLORS[setting], setting)
-        plain(speed, "times faster than jax.grad (or as named), geometric mean over workloads")
+        plain(speed, "times faster than jax.grad (or as named)")
         bases = [_least(group) for group in chosen]
         for key, name, color, offset in (
             ("residual_bytes", "ours", GREEN, -0.19),
@@ -36,7 +36,7 @@ def draw_ops(rows: Sequence[Row], path: pathlib.Path, device: str) -> None:
         ):
             values = [_mean_over(group, key, base) for group, base in zip(chosen, bases)]
             _bars(kept, values, offset, color, name)
-        plain(kept, "bytes kept, over the least that any backward needs")
+        plain(kept, "bytes kept / the least")
         for axis in (speed, kept):
             axis.set_xscale("log")
             low, high = axis.get_xlim()
