@@ -53,6 +53,22 @@ def count(shape: Sequence[int], axes: Sequence[int]) -> int:
     return math.prod(shape[a] for a in axes)
 
 
+def with_bias(y: jax.Array, bias: ArrayLike | None) -> jax.Array:
+    """y [..., n] + bias [n]; y where there is no bias."""
+    return y if bias is None else y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def varying_like(tree: Any, *others: Any) -> Any:
+    """Inside shard_map: arrays that vary over the mesh axes of the others too, as what a loop begins with must."""
+    axes: set[Any] = set().union(*(jax.typeof(other).mat.varying for other in jax.tree.leaves(others)))
+
+    def vary(leaf: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - jax.typeof(leaf).mat.varying))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree) if axes else tree
+
+
 def nbytes(*arrays: Any) -> int:
     """Bytes of arrays, or of jax.ShapeDtypeStruct; None has none. For the formula of what a backward has to keep."""
     return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in arrays if a is not None)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fbackprop.ops._arithmetic import wide
+from fbackprop.ops._arithmetic import varying_like, wide
 from fbackprop.ops._attention import LOGITS, Inputs, Options
 
 Block = dict[str, tuple[Any, int]]
@@ -145,11 +145,8 @@ def add(total: jax.Array, axes: str, block: Block, part: jax.Array) -> jax.Array
 
 
 def zeros(shape: Sequence[int], dtype: Any, *of: Any) -> jax.Array:
-    """Zeros, to start a loop from. Inside shard_map it must vary over the mesh axes that its results, which
-    are computed from the arrays ``of``, vary over."""
-    axes: set[Any] = set().union(*(jax.typeof(a).mat.varying for a in jax.tree.leaves(of)))
-    array = jnp.zeros(shape, dtype)
-    return jax.lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
+    """Zeros, to start a loop from whose results are computed from the arrays ``of``."""
+    return varying_like(jnp.zeros(shape, dtype), of)
 
 
 def allowed(inputs: Inputs, options: Options, block: Block) -> jax.Array | None:

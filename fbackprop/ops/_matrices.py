@@ -4,13 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fbackprop.ops._arithmetic import batched, wide
 
 
-def product(x: jax.Array, matrix: jax.Array, precision: Any) -> jax.Array:
-    """x W: x [..., k], W [k, n] -> [..., n], in the dtype that both promote to."""
-    return _contract(x, matrix, (x.ndim - 1, 0), precision)
+def product(x: jax.Array, matrix: jax.Array, precision: Any, preferred: DTypeLike | None = None) -> jax.Array:
+    """x W: x [..., k], W [k, n] -> [..., n], in the preferred dtype, by default that which both promote to."""
+    return _contract(x, matrix, (x.ndim - 1, 0), precision, preferred)
 
 
 def product_transposed(dy: jax.Array, matrix: jax.Array, precision: Any) -> jax.Array:
@@ -28,7 +29,9 @@ def row_sum(dy: jax.Array) -> jax.Array:
     return wide(batched(dy, 1)).sum(0)
 
 
-def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: Any) -> jax.Array:
+def _contract(
+    a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: Any, preferred: DTypeLike | None = None
+) -> jax.Array:
     dtype = jnp.result_type(a, b)
     numbers = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), numbers, precision=precision)
+    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), numbers, precision=precision, preferred_element_type=preferred)

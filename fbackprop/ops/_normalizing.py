@@ -67,3 +67,13 @@ def statistics(x: jax.Array, axes: Sequence[int], where: jax.Array | None, epsil
     mean = average(jnp.sum(counted(where, x), axes, keepdims=True), n)
     var = average(jnp.sum(counted(where, jnp.square(x - mean)), axes, keepdims=True), n)
     return mean, reciprocal_deviation(var, n, epsilon)
+
+
+def tied(result: Any, *parameters: ArrayLike | None) -> Any:
+    """Lets every output depend on every parameter, by a choice between equals that the compiler drops. Under vmap over some
+    of the parameters alone JAX counts the cotangent of an output that does not depend on them once for each member."""
+    for parameter in parameters:
+        if parameter is not None:
+            same = jnp.equal(parameter, parameter)
+            result = jax.tree.map(lambda v, same=same: jnp.where(same.reshape((1,) * (v.ndim - 1) + (-1,)), v, v), result)
+    return result

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import nbytes, require_float, shapes, wide, wide_type
+from fbackprop.ops._arithmetic import nbytes, require_float, shapes, varying_like, wide, wide_type
 
 Carry = tuple[jax.Array, ...]
 
@@ -108,13 +108,6 @@ def tanh_slope(t: jax.Array) -> jax.Array:
     return (1 - t) * (1 + t)
 
 
-def axes_of(value: jax.Array, *others: Any) -> jax.Array:
-    """Inside shard_map: the value, varying over the mesh axes of the others too, as the carry of a loop must from its start."""
-    axes: set[Any] = set().union(*(jax.typeof(o).mat.varying for o in jax.tree.leaves(others)))
-    missing = tuple(sorted(axes - jax.typeof(value).mat.varying))
-    return jax.lax.pcast(value, missing, to="varying") if missing else value
-
-
 def first_carry(given: Any, count: int, x: jax.Array, weights: Weights, lengths: Any) -> Carry:
     """The carry before the first step, of the dtype of the result: what is given, or zeros."""
     dtype = jnp.result_type(x, weights.kernel, weights.recurrent_kernel)
@@ -122,7 +115,7 @@ def first_carry(given: Any, count: int, x: jax.Array, weights: Weights, lengths:
         # Zeros of the type that h has, on a mesh with explicit axes too. (The product is not computed.)
         like = linear(x[0], weights.kernel)[..., : weights.recurrent_kernel.shape[0]].astype(dtype)
         given = (jnp.zeros_like(like),) * count
-    return tuple(axes_of(jnp.asarray(c, dtype), x, weights, given, lengths) for c in given)
+    return tuple(varying_like(jnp.asarray(c, dtype), x, weights, given, lengths) for c in given)
 
 
 def within(lengths: ArrayLike | None, steps: int) -> jax.Array | None:

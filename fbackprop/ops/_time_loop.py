@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import batched, wide, wide_type
-from fbackprop.ops._sequences import Carry, Weights, add_row, axes_of, first_carry, matmul, where, within
+from fbackprop.ops._arithmetic import batched, varying_like, wide, wide_type
+from fbackprop.ops._sequences import Carry, Weights, add_row, first_carry, matmul, where, within
 
 
 class Cell(NamedTuple):
@@ -204,7 +204,7 @@ def backward_sequence(
     dtype, segments = wide_type(dh), starts[0].shape[0]
     columns = weights.kernel.shape[1:]
     shapes_of_sums = (weights.kernel.shape, weights.recurrent_kernel.shape, columns, columns)
-    sums = (axes_of(jnp.zeros(shape, dtype), saved, dh, dcarry) for shape in shapes_of_sums)
+    sums = (varying_like(jnp.zeros(shape, dtype), saved, dh, dcarry) for shape in shapes_of_sums)
     parts = (_split(x, valid, segments), _split(dh, None, segments)[0], starts)
     (dcarry, dweights), dx = jax.lax.scan(segment, (_wide(dcarry), Weights(*sums)), parts, reverse=not reverse)
     return _join(dx, x.shape[0]), dweights, dcarry

@@ -163,17 +163,6 @@ def sent_back(x: jax.Array, head: Head, d: jax.Array) -> tuple[jax.Array, jax.Ar
     return dx, dkernel, None if head.bias is None else jnp.sum(d, 0)
 
 
-def varying_like(tree: Any, *others: Any) -> Any:
-    """Inside shard_map, what a loop begins with must vary over the mesh axes over which it will."""
-    axes: set[Any] = set().union(*(jax.typeof(v).mat.varying for v in jax.tree.leaves(others)))
-
-    def vary(leaf: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - jax.typeof(leaf).mat.varying))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(vary, tree) if axes else tree
-
-
 # ------------------------------------------------------------------------------------------------------ sizes of blocks
 
 _LOGITS = 1 << 24  # the elements of a block of logits, 64 MiB in float32

@@ -5,9 +5,26 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+
+from fbackprop.ops._arithmetic import shapes
 
 Pads = tuple[tuple[int, int], ...]
 Padding = str | int | Sequence[int | tuple[int, int]]
+
+
+def spatial_dimensions(who: str, x: ArrayLike, kernel: ArrayLike) -> int:
+    """How many dimensions are spatial, as the kernel [*window, in, out] tells; a sentence where x or it have others."""
+    dims = jnp.ndim(kernel) - 2
+    if not 1 <= dims <= 3:
+        raise ValueError(
+            f"{who}: kernel must be [*window, in, out] with 1 to 3 spatial dimensions, got {shapes(kernel=kernel)}."
+        )
+    if jnp.ndim(x) < dims + 1:
+        raise ValueError(
+            f"{who}: x must be [..., *spatial, features] with {dims} spatial dimensions, got {shapes(x=x, kernel=kernel)}."
+        )
+    return dims
 
 
 def per_dimension(who: str, name: str, value: int | Sequence[int] | None, dims: int) -> tuple[int, ...]:

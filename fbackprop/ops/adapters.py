@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import nbytes, require_float, shapes
+from fbackprop.ops._arithmetic import nbytes, require_float, shapes, with_bias
 from fbackprop.ops._matrices import outer_sum, product, product_transposed, row_sum
 from fbackprop.rules import rule
 from fbackprop.samples import normal, sample
@@ -50,7 +50,7 @@ def _forward(
     x, kernel, a, b = jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(a), jnp.asarray(b)
     h = product(x, a, precision)
     y = product(x, kernel, precision) + scale * product(h, b, precision)
-    y = y if bias is None else y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
+    y = with_bias(y, bias)
     return y, _Saved(x, kernel, a, b, h)
 
 
@@ -127,4 +127,4 @@ def lora_dense(
     matrix = jax.lax.stop_gradient(jnp.asarray(kernel)) if frozen else jnp.asarray(kernel)
     low = jnp.matmul(x, a, precision=precision)
     y = jnp.matmul(x, matrix, precision=precision) + scale * jnp.matmul(low, b, precision=precision)
-    return y if bias is None else y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
+    return with_bias(y, bias)

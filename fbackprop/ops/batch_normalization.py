@@ -125,16 +125,6 @@ def _batch(
     return (y, *new), used.mean, rstd
 
 
-def _tied(result: Any, *parameters: ArrayLike | None) -> Any:
-    """Lets every output depend on every parameter, by a choice between equals that the compiler drops. Under vmap over some
-    of the parameters alone JAX counts the cotangent of an output that does not depend on them once for each member."""
-    for parameter in parameters:
-        if parameter is not None:
-            same = jnp.equal(parameter, parameter)
-            result = jax.tree.map(lambda v, same=same: jnp.where(same.reshape((1,) * (v.ndim - 1) + (-1,)), v, v), result)
-    return result
-
-
 def _batch_forward(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -158,7 +148,7 @@ def _batch_forward(
 
     result, used_mean, rstd = _batch(x, scale, bias, mean, var, train, epsilon, momentum, statistics)
     if train:
-        result = _tied(result, scale, bias, mean, var)
+        result = norm.tied(result, scale, bias, mean, var)
     scale = None if scale is None else jnp.asarray(scale)
     return result, _BatchSaved(x, used_mean, rstd, scale, where if train else None, Static(mean is not None))
 

@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide, wide_type
+from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide, wide_type, with_bias
 from fbackprop.ops._matrices import outer_sum, product, product_transposed, row_sum
+from fbackprop.ops._normalizing import tied
 from fbackprop.rules import rule
 from fbackprop.samples import normal, sample
 
@@ -127,7 +128,7 @@ def _norm_dense_forward(
     statistics = _statistics(wide(x), norm, epsilon)
     n = _scaled(_normalized(x, statistics), scale, norm_bias).astype(jnp.result_type(x, kernel))
     y = product(n, kernel, precision)
-    y = y if bias is None else y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
+    y = with_bias(y, bias)
     own = [None if p is None else jnp.asarray(p) for p in (scale, norm_bias)]
     return y, _DenseSaved(x, kernel, own[0], own[1], statistics)
 
@@ -200,7 +201,7 @@ def norm_dense(
         )
     n = _norm(jnp.asarray(x), scale, norm_bias, norm, epsilon).astype(jnp.result_type(x, kernel))
     y = jnp.matmul(n, kernel, precision=precision)
-    return y if bias is None else y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
+    return with_bias(y, bias)
 
 
 def _norm(x: jax.Array, scale: ArrayLike | None, bias: ArrayLike | None, norm: str, epsilon: float) -> jax.Array:
@@ -215,16 +216,6 @@ class _ResidualSaved(NamedTuple):
     statistics: _Statistics
 
 
-def _tied(result: Any, *parameters: ArrayLike | None) -> Any:
-    """Lets every output depend on every parameter, by a choice between equals that the compiler drops. Under vmap over a
-    parameter alone JAX counts the cotangent of an output that does not depend on it once for each member."""
-    for parameter in parameters:
-        if parameter is not None:
-            same = jnp.equal(parameter, parameter)
-            result = jax.tree.map(lambda v, same=same: jnp.where(same.reshape((1,) * (v.ndim - 1) + (-1,)), v, v), result)
-    return result
-
-
 def _residual_norm_forward(
     x: ArrayLike,
     residual: ArrayLike,
@@ -235,7 +226,7 @@ def _residual_norm_forward(
     epsilon: float = 1e-6,
 ) -> tuple[tuple[jax.Array, jax.Array], _ResidualSaved]:
     # Tied in float32, where the compiler sees that the choice is none.
-    s = _tied(wide(x) + wide(residual), scale, bias).astype(jnp.result_type(x, residual))
+    s = tied(wide(x) + wide(residual), scale, bias).astype(jnp.result_type(x, residual))
     statistics = _statistics(wide(s), norm, epsilon)
     y = _scaled(_normalized(s, statistics), scale, bias).astype(jnp.result_type(x))
     kept = _ResidualSaved(s, None if scale is None else jnp.asarray(scale), statistics)

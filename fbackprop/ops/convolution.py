@@ -22,9 +22,18 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide_type
+from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide_type, with_bias
 from fbackprop.ops._convolving import Geometry, convolve, input_cotangent, kernel_cotangent, numbers
-from fbackprop.ops._windows import Padding, Pads, check_fits, pad_by_copying, pads, per_dimension, unpad_by_adding
+from fbackprop.ops._windows import (
+    Padding,
+    Pads,
+    check_fits,
+    pad_by_copying,
+    pads,
+    per_dimension,
+    spatial_dimensions,
+    unpad_by_adding,
+)
 from fbackprop.rules import rule
 from fbackprop.samples import normal, sample
 
@@ -49,15 +58,7 @@ class _Plan(NamedTuple):
 def _plan(
     x: Any, kernel: Any, strides: Ints, padding: Padding, input_dilation: Ints, kernel_dilation: Ints, groups: int
 ) -> _Plan:
-    who, dims = "conv", jnp.ndim(kernel) - 2
-    if not 1 <= dims <= 3:
-        raise ValueError(
-            f"conv: kernel must be [*window, in, out] with 1 to 3 spatial dimensions, got {shapes(kernel=kernel)}."
-        )
-    if jnp.ndim(x) < dims + 1:
-        raise ValueError(
-            f"conv: x must be [..., *spatial, features] with {dims} spatial dimensions, got {shapes(x=x, kernel=kernel)}."
-        )
+    who, dims = "conv", spatial_dimensions("conv", x, kernel)
     (*window, cin, cout), features = jnp.shape(kernel), jnp.shape(x)[-1]
     if not isinstance(groups, int) or groups < 1 or features % groups or cout % groups:
         raise ValueError(
@@ -108,7 +109,7 @@ def _prepared(x: Any, kernel: Any, plan: _Plan, precision: Any) -> tuple[jax.Arr
 def _finished(y: jax.Array, x: Any, bias: Any, plan: _Plan) -> jax.Array:
     """The batch dimensions of x again, and the bias."""
     y = y.reshape(*jnp.shape(x)[: jnp.ndim(x) - plan.dims - 1], *y.shape[1:])
-    return y if bias is None else y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
+    return with_bias(y, bias)
 
 
 class _Saved(NamedTuple):

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import nbytes, require_float, shapes, wide
+from fbackprop.ops._arithmetic import nbytes, require_float, shapes, wide, with_bias
 from fbackprop.ops._matrices import outer_sum, product, product_transposed, row_sum
 from fbackprop.rules import rule
 from fbackprop.samples import normal, sample
@@ -76,9 +76,9 @@ def _mlp_forward(
     precision: Any = None,
 ) -> tuple[jax.Array, _MlpSaved]:
     x, up, down = jnp.asarray(x), jnp.asarray(up), jnp.asarray(down)
-    h = _shifted(product(x, up, precision), up_bias)
+    h = with_bias(product(x, up, precision), up_bias)
     a = _gelu(wide(h), approximate)[0].astype(h.dtype)
-    return _shifted(product(a, down, precision), down_bias), _MlpSaved(x, up, down, h)
+    return with_bias(product(a, down, precision), down_bias), _MlpSaved(x, up, down, h)
 
 
 def _mlp_backward(saved: _MlpSaved, dy: jax.Array, *, approximate: bool, precision: Any) -> tuple[Any, ...]:
@@ -90,10 +90,6 @@ def _mlp_backward(saved: _MlpSaved, dy: jax.Array, *, approximate: bool, precisi
     dx = product_transposed(dh, up, precision)
     dup = outer_sum(x, dh, precision)
     return dx, dup, ddown, row_sum(dh), row_sum(dy)
-
-
-def _shifted(y: jax.Array, bias: ArrayLike | None) -> jax.Array:
-    return y if bias is None else y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _check(who: str, x: ArrayLike, down: ArrayLike, **entries: ArrayLike) -> None:
@@ -172,9 +168,9 @@ def gelu_mlp(
     _check("gelu_mlp", x, down, up=up)
     _check_bias("gelu_mlp", "up_bias", up_bias, "up", up)
     _check_bias("gelu_mlp", "down_bias", down_bias, "down", down)
-    h = _shifted(jnp.matmul(x, up, precision=precision), up_bias)
+    h = with_bias(jnp.matmul(x, up, precision=precision), up_bias)
     a = jax.nn.gelu(wide(h), approximate).astype(h.dtype)
-    return _shifted(jnp.matmul(a, down, precision=precision), down_bias)
+    return with_bias(jnp.matmul(a, down, precision=precision), down_bias)
 
 
 class _GatedSaved(NamedTuple):

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide_type
+from fbackprop.ops._arithmetic import nbytes, require_float, shapes, wide_type, with_bias
+from fbackprop.ops._matrices import outer_sum, product, product_transposed, row_sum
 from fbackprop.rules import Static, rule
 from fbackprop.samples import labels, normal, sample
 
@@ -30,11 +31,6 @@ class _DenseSaved(NamedTuple):
     kernel: jax.Array
 
 
-def _matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int], precision: Any, dtype: DTypeLike | None) -> jax.Array:
-    numbers = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=dtype)
-
-
 def _dense(
     x: ArrayLike,
     kernel: ArrayLike,
@@ -42,10 +38,8 @@ def _dense(
     precision: Any,
     preferred_element_type: DTypeLike | None,
 ) -> jax.Array:
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-    dtype = jnp.result_type(x, kernel)
-    y = _matmul(x.astype(dtype), kernel.astype(dtype), (x.ndim - 1, 0), precision, preferred_element_type)
-    return y if bias is None else y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
+    y = product(jnp.asarray(x), jnp.asarray(kernel), precision, preferred_element_type)
+    return with_bias(y, bias)
 
 
 def _forward(
@@ -62,12 +56,10 @@ def _forward(
 
 def _backward(saved: _DenseSaved, dy: jax.Array, *, precision: Any) -> tuple[Any, ...]:
     x, kernel = saved
-    dtype = jnp.result_type(x, kernel)
-    rows, drows = batched(x, 1), batched(dy, 1)
-    g = drows.astype(dtype)
-    dx = _matmul(g, kernel.astype(dtype), (1, 1), precision, None).reshape(x.shape)  # dy Wᵀ
-    dkernel = _matmul(rows.astype(dtype), g, (0, 0), precision, None)  # xᵀ dy
-    dbias = drows.astype(wide_type(dy)).sum(0)  # Σ dy
+    g = dy.astype(jnp.result_type(x, kernel))
+    dx = product_transposed(g, kernel, precision)  # dy Wᵀ
+    dkernel = outer_sum(x, g, precision)  # xᵀ dy
+    dbias = row_sum(dy)  # Σ dy
     return dx, dkernel, dbias
 
 

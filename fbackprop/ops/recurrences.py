@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import nbytes, require_float, shapes, wide, wide_type
-from fbackprop.ops._sequences import axes_of
+from fbackprop.ops._arithmetic import nbytes, require_float, shapes, varying_like, wide, wide_type
 from fbackprop.rules import rule
 from fbackprop.samples import normal, sample, uniform
 
@@ -71,7 +70,7 @@ def _forward(
 def _start(a: jax.Array, b: jax.Array, h0: ArrayLike | None) -> jax.Array:
     """The state before the first step; zeros of the type that h has, on a mesh with explicit axes too."""
     like = (a[0] * b[0]).astype(wide_type(a, b))
-    return axes_of(jnp.zeros_like(like) if h0 is None else jnp.asarray(h0, like.dtype), a, b)
+    return varying_like(jnp.zeros_like(like) if h0 is None else jnp.asarray(h0, like.dtype), a, b)
 
 
 def _backward(saved: _Saved, dy: jax.Array, *, reverse: bool, parallel: bool) -> tuple[Any, ...]:
@@ -90,7 +89,7 @@ def _backward(saved: _Saved, dy: jax.Array, *, reverse: bool, parallel: bool) ->
             g = dh + passed
             return wide(a) * g, g
 
-        g = jax.lax.scan(step, axes_of(jnp.zeros_like(dh[0]), a, dh), (a, dh), reverse=not reverse)[1]
+        g = jax.lax.scan(step, varying_like(jnp.zeros_like(dh[0]), a, dh), (a, dh), reverse=not reverse)[1]
     at = -1 if reverse else 0
     return g * wide(before), g, wide(a[at]) * g[at]
 

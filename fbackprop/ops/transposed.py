@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide_type
+from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide_type, with_bias
 from fbackprop.ops._convolving import Geometry, convolve, kernel_cotangent, numbers
-from fbackprop.ops._windows import Padding, Pads, check_fits, pads, per_dimension
+from fbackprop.ops._windows import Padding, Pads, check_fits, pads, per_dimension, spatial_dimensions
 from fbackprop.rules import rule
 from fbackprop.samples import normal, sample
 
@@ -47,15 +47,7 @@ class _Plan(NamedTuple):
 def _plan(
     x: Any, kernel: Any, bias: Any, strides: Ints, padding: Padding, kernel_dilation: Ints, transpose_kernel: bool
 ) -> _Plan:
-    who, dims = "conv_transpose", jnp.ndim(kernel) - 2
-    if not 1 <= dims <= 3:
-        raise ValueError(
-            f"{who}: kernel must be [*window, in, out] with 1 to 3 spatial dimensions, got {shapes(kernel=kernel)}."
-        )
-    if jnp.ndim(x) < dims + 1:
-        raise ValueError(
-            f"{who}: x must be [..., *spatial, features] with {dims} spatial dimensions, got {shapes(x=x, kernel=kernel)}."
-        )
+    who, dims = "conv_transpose", spatial_dimensions("conv_transpose", x, kernel)
     *window, cin, cout = jnp.shape(kernel)
     if transpose_kernel:
         cin, cout = cout, cin
@@ -132,7 +124,7 @@ def _transposed(x: Any, kernel: Any, bias: Any, plan: _Plan, transpose_kernel: b
     )
     y = _folded(y, plan)
     y = y.reshape(*x.shape[: x.ndim - dims - 1], *y.shape[1:])
-    return y if bias is None else y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
+    return with_bias(y, bias)
 
 
 def _forward(

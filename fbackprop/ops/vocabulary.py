@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.ops import _vocabulary as blocks
-from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide, wide_type
+from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, varying_like, wide, wide_type
 from fbackprop.ops._vocabulary import Columns, Factors, Head, Sums
 from fbackprop.rules import rule
 from fbackprop.samples import labels as integer_labels
@@ -167,7 +167,7 @@ def _value_by_classes(rows: _Rows, head: Head, options: _Options) -> Sums:
     if number == 1:
         return one(0)
     start = blocks.no_sums(rows.x.shape[0], wide_type(rows.x, head.kernel), smooth, options.entropy)
-    start = blocks.varying_like(start, rows, head.kernel, head.bias)
+    start = varying_like(start, rows, head.kernel, head.bias)
     return jax.lax.fori_loop(0, number, lambda i, sums: blocks.merged(sums, one(i)), start)
 
 
@@ -208,7 +208,7 @@ def _backward_by_classes(
             jnp.zeros(head.kernel.shape, head.kernel.dtype),
             None if head.bias is None else jnp.zeros(head.bias.shape, dtype),
         )
-        start = blocks.varying_like(start, rows, head.kernel, head.bias, factors, scale)
+        start = varying_like(start, rows, head.kernel, head.bias, factors, scale)
         dx, dkernel, dbias = jax.lax.fori_loop(0, number, body, start)
     return dx * scale, dkernel, None if dbias is None else dbias * scale
 
@@ -237,7 +237,7 @@ def _by_tokens(rows: _Rows, head: Head, options: _Options, scale: jax.Array | No
     dtype, start = wide_type(rows.x, head.kernel), None
     if scale is not None:
         start = jnp.zeros(head.kernel.shape, dtype), None if head.bias is None else jnp.zeros(head.bias.shape, dtype)
-        start = blocks.varying_like(start, rows, head.kernel, head.bias)
+        start = varying_like(start, rows, head.kernel, head.bias)
     stacked = _Rows(*blocks.by_blocks(rows, number, length))
     gradient, (loss, dx) = jax.lax.scan(body, start, stacked)
     loss = blocks.from_blocks(loss, tokens)
