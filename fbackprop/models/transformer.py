@@ -1,11 +1,13 @@
 """The stack of blocks that GPT and ViT share.
 
-    y, s = x + out(attention(qkv(norm(x)))) normalized, and itself
-    x    = s + mlp(y)
+    q, k, v = norm(x) · qkv
+    s = x + attention(q, k, v) · out
+    x = s + mlp(norm(s))
 
-Each line is one or two fused rules: norm_dense (norm and the projection to queries, keys and values), dot_product_attention,
-residual_norm (the sum and the norm after it), gelu_mlp or swiglu_mlp. So a block keeps x, q, k, v, the output of attention,
-s, y and the pre-activation of the MLP, once each, and its backward runs no matrix product and no attention a second time.
+Each line is one or two fused rules: norm_dense, dot_product_attention, residual_norm (the sum and the norm after it) with
+dense, gelu_mlp or swiglu_mlp. A block keeps x, q, k, v, the output of attention, that of the projection after it and the
+pre-activation of the MLP, once each. Its backward runs no matrix product and no attention a second time; it computes again
+what is elementwise: norms, the sum s, the activation, and parameters in ``dtype``.
 
 Parameters of the blocks are stacked along a leading axis and the blocks run by ``jax.lax.scan`` (``scan=True``: one block is
 traced and compiled, whatever the depth), or they are a tuple with one entry a block and the blocks are unrolled.
@@ -139,8 +141,6 @@ class Transformer(Composed):
 
         def body(x: jax.Array, given: Any) -> tuple[jax.Array, Any]:
             own, memory = given
-            # The norms compute in float32 or wider, with their parameters as they are.
-            own = {name: part if name.endswith("norm") else self.cast(part) for name, part in own.items()}
             return self._block(own, x, lambda q, k, v: attend(q, k, v, memory))
 
         if self.checkpoint is not None:
@@ -156,19 +156,29 @@ class Transformer(Composed):
 
     def _block(self, p: Params, x: jax.Array, attend: Any) -> tuple[jax.Array, Any]:
         norm: dict[str, Any] = {"norm": self.norm, "epsilon": self.epsilon}
-        first, second = p["attention_norm"], p["mlp_norm"]
-        qkv = ops.norm_dense(x, p["qkv"]["kernel"], p["qkv"].get("bias"), first["scale"], first.get("bias"), **norm)
+
+        def before(x: jax.Array, p: Params) -> jax.Array:
+            first, qkv = p["attention_norm"], self.cast(p["qkv"])
+            return ops.norm_dense(x, qkv["kernel"], qkv.get("bias"), first["scale"], first.get("bias"), **norm)
+
+        def after(x: jax.Array, attended: jax.Array, p: Params) -> jax.Array:
+            second, out = p["mlp_norm"], self.cast(p["out"])
+            added = ops.dense(attended.reshape(x.shape), out["kernel"], out.get("bias"))
+            y, s = ops.residual_norm(added, x, second["scale"], second.get("bias"), **norm)
+            return s + self._mlp(p, y)
+
+        # The results of matrix products are kept where a backward reads them; sums, norms and casts to ``dtype``, which are
+        # elementwise, are computed again.
+        lean = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=not self.scan)
+        qkv = lean(before)(x, p)
         heads = qkv.reshape(*qkv.shape[:-1], -1, self._head_width)
-        q, k, v = jnp.split(heads, [self.heads, self.heads + self._key_heads], -2)
-        attended, entry = attend(q, k, v)
-        added = ops.dense(attended.reshape(x.shape), p["out"]["kernel"], p["out"].get("bias"))
-        y, s = ops.residual_norm(added, x, second["scale"], second.get("bias"), **norm)
-        return s + self._mlp(p, y), entry
+        attended, entry = attend(*jnp.split(heads, [self.heads, self.heads + self._key_heads], -2))
+        return lean(after)(x, attended, p), entry
 
     def _mlp(self, p: Params, y: jax.Array) -> jax.Array:
-        up, down = p["up"], p["down"]
+        up, down = self.cast(p["up"]), self.cast(p["down"])
         if self.mlp == "swiglu":
-            return ops.swiglu_mlp(y, p["gate"]["kernel"], up["kernel"], down["kernel"])
+            return ops.swiglu_mlp(y, self.cast(p["gate"])["kernel"], up["kernel"], down["kernel"])
         exact = self.mlp == "gelu_exact"
         return ops.gelu_mlp(y, up["kernel"], down["kernel"], up.get("bias"), down.get("bias"), approximate=not exact)
 
