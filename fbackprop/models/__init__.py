@@ -7,5 +7,6 @@ from fbackprop.models.interchange import from_flax as from_flax
 from fbackprop.models.named import SIZES as SIZES
 from fbackprop.models.named import named as named
 from fbackprop.models.perceptron import mlp as mlp
+from fbackprop.models.residual import resnet as resnet
 from fbackprop.models.transformer import stack_blocks as stack_blocks
 from fbackprop.models.transformer import unstack_blocks as unstack_blocks

@@ -5,6 +5,7 @@ from typing import Any
 
 from fbackprop.layers import Layer
 from fbackprop.models.gpt import gpt
+from fbackprop.models.residual import resnet
 
 __all__ = ["SIZES", "named"]
 
@@ -24,6 +25,13 @@ SIZES: dict[str, tuple[Callable[..., Layer], dict[str, Any]]] = {
         gpt,
         {"vocabulary": 128256, "layers": 32, "width": 4096, "heads": 32, "hidden": 14336, "length": 8192, **_LLAMA_3},
     ),
+    "resnet18": (resnet, {"depths": (2, 2, 2, 2)}),
+    "resnet34": (resnet, {"depths": (3, 4, 6, 3)}),
+    "resnet50": (resnet, {"depths": (3, 4, 6, 3), "bottleneck": True}),
+    "resnet101": (resnet, {"depths": (3, 4, 23, 3), "bottleneck": True}),
+    "resnet152": (resnet, {"depths": (3, 8, 36, 3), "bottleneck": True}),
+    "resnet20-cifar": (resnet, {"depths": (3, 3, 3), "features": (16, 32, 64), "classes": 10, "stem": "cifar"}),
+    "resnet18-cifar": (resnet, {"depths": (2, 2, 2, 2), "classes": 10, "stem": "cifar"}),
 }  # fmt: skip
 """What ``named`` knows: the function that makes the model, and its options."""
 
