@@ -175,6 +175,21 @@ def test_cross_entropy_edges():
         z, labels, where=jnp.array([True, False])).sum())(logits)[1] == 0).all()  # fmt: skip
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_log_softmax_keeps_what_is_beyond_the_last_place_of_one(masked):
+    x = jnp.array([[0.0, -20.0, -30.0], [5.0, 5.0, -40.0], [-jnp.inf, 3.0, -jnp.inf], [1.0, 2.0, 3.0], [-jnp.inf] * 3])
+    where = jnp.array([[True, True, False]] * 5) if masked else None
+    z = np.where(where, x, -np.inf).astype(np.float64) if masked else np.asarray(x, np.float64)
+    top = z.max(1, keepdims=True)
+    largest = (z == top) & (np.cumsum(z == top, 1) == 1)
+    with np.errstate(invalid="ignore"):
+        truth = (z - top) - np.log1p(np.where(largest, 0, np.exp(z - top)).sum(1, keepdims=True))
+    got = np.asarray(fb.log_softmax(x, where=where))[:4]
+    np.testing.assert_allclose(got, truth[:4], rtol=3e-7)
+    assert got[0, 0] < -1e-9
+    assert not np.isnan(np.asarray(jax.grad(lambda x: fb.log_softmax(x, where=where)[:4, 0].sum())(x))).any()
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_softmax_of_sharp_rows_in_low_precision(dtype):
     """p as it is kept does not sum to one; without the correction the error is three times that of autodiff."""

@@ -23,10 +23,14 @@
 float32 or wider. Where x is narrower than float32, sigmoid and tanh keep x in place of y: a rounded y near 1 no longer
 tells 1 − y.
 
-mish takes one exponential and one quotient for both y and its slope. With e = exp(−|x|), and for x ≥ 0 and x < 0 in turn,
+The slopes of sigmoid (narrow), tanh (narrow), silu and mish are written with e = exp(−|x|), which keeps their tails:
 
-    t = a / d,   1 − t² = 4 w² (1 + e)² / d²,   a = 1 + 2 e | e² + 2 e,   d = a + (2 e² | 2),   w = e | 1
-    f' = t + 4 x e w (1 + e) / d²
+    σ' = e / (1 + e)²,   tanh' = 4 e² / (1 + e²)²,   σ(x) = 1 / (1 + e) | e / (1 + e),   for x ≥ 0 | x < 0
+    mish: t = a / d,   1 − t² = 4 w² (1 + e)² / d²,   a = 1 + 2 e | e² + 2 e,   d = a + (2 e² | 2),   w = e | 1
+          f' = t + 4 x e w (1 + e) / d²
+
+On purpose the forward takes other forms. What forward and backward had in common, the compiler would write to memory in
+float32, in one program, to read it again: more time than a second exponential.
 
 Kinks, where the slope jumps, equal JAX's choice: elu'(0) = a, celu'(0) = 1, selu'(0) = λ α.
 """
@@ -69,11 +73,12 @@ def _with_parameter(x: Any, parameter: Any) -> int:
     return nbytes(x) + (nbytes(parameter) if hasattr(parameter, "shape") else 4)
 
 
-def _bell(y: jax.Array) -> jax.Array:
-    return y * (1 - y)
+def _bell(x: jax.Array) -> jax.Array:
+    e = jnp.exp(-jnp.abs(x))
+    return e / jnp.square(1 + e)
 
 
-@elementwise(lambda y: y * (1 - y), narrow=[lambda x: _bell(jax.lax.logistic(x))], minimum=_size)
+@elementwise(lambda y: y * (1 - y), narrow=[_bell], minimum=_size)
 def sigmoid(x: ArrayLike) -> jax.Array:
     """The logistic function: y = 1 / (1 + exp(−x)), between 0 and 1.
 
@@ -84,7 +89,7 @@ def sigmoid(x: ArrayLike) -> jax.Array:
 
 @elementwise(
     lambda y: 1 - y * y,
-    narrow=[lambda x: (1 - jnp.tanh(x)) * (1 + jnp.tanh(x))],
+    narrow=[lambda x: 4 * _bell(2 * x)],
     minimum=_size,
     samples=[sample(normal(5, 7)), sample(normal(9, scale=4.0)), sample(normal()), sample(normal(9, mean=-60.0))],
 )
@@ -97,8 +102,10 @@ def tanh(x: ArrayLike) -> jax.Array:
 
 
 def _silu_slope(x: jax.Array) -> jax.Array:
-    s = jax.lax.logistic(x)
-    return s * (1 + x * (1 - s))
+    e = jnp.exp(-jnp.abs(x))
+    r = 1 / (1 + e)
+    s, rest = jnp.where(x < 0, e * r, r), jnp.where(x < 0, r, e * r)
+    return s * (1 + x * rest)
 
 
 @elementwise(_silu_slope, minimum=_size)
@@ -150,8 +157,9 @@ def _mish_terms(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def _mish_forward(x: ArrayLike) -> tuple[jax.Array, jax.Array]:
     x = jnp.asarray(x)
-    a, reciprocal, _ = _mish_terms(wide(x))
-    return (wide(x) * (a * reciprocal)).astype(float_type(x)), x
+    e = jnp.exp(jnp.minimum(wide(x), 30))  # beyond, t is 1 to the last bit of float64
+    a = e * (e + 2)
+    return (wide(x) * (a / (a + 2))).astype(float_type(x)), x
 
 
 def _mish_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array | None]:

@@ -80,11 +80,16 @@ def _backward(saved: _Saved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
     axes = canonical_axes("", axis, x.ndim)
     rows = tuple(i for i in range(x.ndim) if i not in axes)
     n = norm.number(where, x, axes)
-    dy, xhat = wide(dy), (wide(x) if mean is None else wide(x) - mean) * rstd
+    dy = wide(dy)
+    if mean is None:
+        xhat, mean_g = wide(x) * rstd, None
+    else:
+        mean_g = norm.average(_row_sum(dy, scale, axes), n)
+        # Adds nothing, but orders the two passes: wide(dy) and the product below need not be in memory at the same time.
+        xhat = (wide(x) - (mean + jnp.where(mean_g > jnp.inf, mean_g, 0))) * rstd
     product = dy * xhat
     passed = xhat * norm.average(_row_sum(product, scale, axes), n)
-    if mean is not None:
-        passed += norm.average(_row_sum(dy, scale, axes), n)
+    passed = passed if mean_g is None else passed + mean_g
     g = norm.scaled(dy, norm.along(axes, scale, x.ndim), None)
     dx = rstd * (g - norm.counted(where, passed))
     return dx, jnp.sum(product, rows), jnp.sum(dy, rows)

@@ -15,10 +15,10 @@ logsumexp, with factors b that may be negative (1 if not given):
 
     y = m + log |S|,   S = Σ b e,   e = exp(a − m)          da = dy b e / S          db = dy e / S
 
-softmax keeps p. logsumexp keeps a, b and two numbers a row, m and S; where S = 0, as for a row of nothing but −inf, the
-gradient is 0. log_softmax keeps y, as p = exp(y); below float32, where p would be off by the rounding of y, it keeps x and
-two numbers a row in float32, m and s: not m + log s, whose rounding is the larger part of p's error for logits of some
-hundreds. With ``where``, elements that are left out have p = 0 (y = −∞ for log_softmax) and receive no cotangent.
+softmax keeps p. The others keep e = exp(x − m), which the compiler forms for the sum in any case, and s or S: the backward
+then only multiplies. Where e would be wider than x, or has factors, they keep x (a, b), m and s: not m + log s, whose
+rounding is the larger part of p's error for logits of some hundreds. Where S = 0, as for a row of nothing but −inf, the
+gradient is 0. With ``where``, elements that are left out have p = 0 (y = −∞ for log_softmax) and receive no cotangent.
 """
 
 import math
@@ -133,35 +133,54 @@ def _row_bytes(x: Any, axis: Axis) -> int:
 
 
 class _LogSoftmaxSaved(NamedTuple):
-    x: jax.Array | None  # below float32, with
-    normalizer: Normalizer | None
-    y: jax.Array | None  # in float32 and wider, where x and the normalizer are not needed
+    e: jax.Array | None  # exp(x − m) in float32 and wider: the compiler forms it for the sum anyway
+    x: jax.Array | None  # below float32, with m
+    top: jax.Array | None
+    total: jax.Array
     where: jax.Array | None
+
+
+def _log_total(x: jax.Array, normalizer: Normalizer, axis: Axis) -> jax.Array:
+    """log s, also where all but the largest element are so small that s = 1 + the rest forgets them.
+
+    Such rows are summed again without their largest (they have only one), if there are any.
+    """
+    top, total = normalizer
+    nearly_one = (total < 1 + 2**-4) & (total >= 1)
+
+    def of_the_rest(x: jax.Array) -> jax.Array:
+        rest = jnp.sum(jnp.where(x == top, 0, jnp.exp(x - top)), axis, keepdims=True)
+        return jnp.where(nearly_one, jnp.log1p(rest), jnp.log(total))
+
+    return jax.lax.cond(jnp.any(nearly_one), of_the_rest, lambda x: jnp.log(total), x)
 
 
 def _log_softmax_forward(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> tuple[jax.Array, _LogSoftmaxSaved]:
     x_ = wide(x)
     where = None if where is None else jnp.asarray(where)
     normalizer = log_normalizer(x_, axis, where)
-    y = normalizer.log_probability(x_)
+    y = (x_ - normalizer.top) - _log_total(x_ if where is None else jnp.where(where, x_, -jnp.inf), normalizer, axis)
     y = (y if where is None else jnp.where(where, y, -jnp.inf)).astype(float_type(x))
+    top, total = normalizer
     if jnp.result_type(x) == x_.dtype:
-        return y, _LogSoftmaxSaved(None, None, y, where)
-    return y, _LogSoftmaxSaved(jnp.asarray(x), normalizer, None, where)
+        return y, _LogSoftmaxSaved(_shifted_exp(x_, top, where), None, None, total, where)
+    return y, _LogSoftmaxSaved(None, jnp.asarray(x), top, total, where)
+
+
+def _shifted_exp(x: jax.Array, top: jax.Array, where: jax.Array | None) -> jax.Array:
+    return jnp.exp((x if where is None else jnp.where(where, x, -jnp.inf)) - top)
 
 
 def _log_softmax_backward(saved: _LogSoftmaxSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
-    g, where = wide(dy), saved.where
-    if saved.y is not None:
-        p = jnp.exp(saved.y)  # 0 where left out
-    else:
-        assert saved.x is not None
-        assert saved.normalizer is not None
-        p = saved.normalizer.probability(wide(saved.x))
-        p = p if where is None else jnp.where(where, p, 0)
-    g = g if where is None else jnp.where(where, g, 0)
-    dx = g - p * jnp.sum(g, axis, keepdims=True)
-    return (dx if saved.x is None or jnp.issubdtype(saved.x.dtype, jnp.inexact) else None), None
+    e, x, top, total, where = saved
+    g = wide(dy) if where is None else jnp.where(where, wide(dy), 0)
+    if e is None:
+        assert x is not None
+        assert top is not None
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return None, None
+        e = _shifted_exp(wide(x), top, where)
+    return g - e * (jnp.sum(g, axis, keepdims=True) / total), None
 
 
 @rule(
@@ -170,10 +189,8 @@ def _log_softmax_backward(saved: _LogSoftmaxSaved, dy: jax.Array, *, axis: Axis)
     static=["axis"],
     samples=_SAMPLES,
     workloads=[sample(normal(8192, 1024), dtype=d) for d in ("float32", "bfloat16")],
-    keeps="y (x and two numbers a row below float32)",
-    minimum=lambda x, y, axis, where: (
-        nbytes(y, where) if y.dtype == wide_type(x) else nbytes(x, where) + 2 * _row_bytes(x, axis)
-    ),
+    keeps="exp(x − m), a number a row; below float32 x, two numbers a row",
+    minimum=lambda x, axis, where: nbytes(x, where) + (1 if x.dtype == wide_type(x) else 2) * _row_bytes(x, axis),
 )
 def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
     """The logarithm of softmax: y = x − log Σ exp(x), without overflow and without log(0).
@@ -192,11 +209,16 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
 
 
 class _LogSumExpSaved(NamedTuple):
-    a: jax.Array
+    a: jax.Array | None  # with its largest, unless there is e
+    e: jax.Array | None  # exp(a − m), where that takes no more bytes than a: the compiler forms it for the sum anyway
     b: jax.Array | None
     where: jax.Array | None
-    top: jax.Array  # m, with the summed axes of length 1
+    top: jax.Array | None  # m, with the summed axes of length 1
     total: jax.Array  # S, likewise
+
+
+def _keeps_powers(a: Any, b: Any, where: Any) -> bool:
+    return b is None and where is None and a.dtype == wide_type(a)
 
 
 def _ranked(array: ArrayLike | None, like: jax.Array) -> jax.Array | None:
@@ -246,17 +268,23 @@ def _logsumexp_forward(
 ) -> tuple[Any, _LogSumExpSaved]:
     a, b, where = jnp.asarray(a), *(None if v is None else jnp.asarray(v) for v in (b, where))
     y, top, total = _logsumexp(a, _ranked(b, a), _ranked(where, a), axis, keepdims, return_sign)
-    return y, _LogSumExpSaved(a, b, where, top, total)
+    if _keeps_powers(a, b, where):
+        return y, _LogSumExpSaved(None, _powers(a, None, None, top), None, None, None, total)
+    return y, _LogSumExpSaved(a, None, b, where, top, total)
 
 
 def _logsumexp_backward(saved: _LogSumExpSaved, dy: Any, *, axis: Axis, keepdims: bool, return_sign: bool) -> tuple[Any, ...]:
-    a, b, where, top, total = saved
-    shape = None if b is None else b.shape
-    b, where = _ranked(b, a), _ranked(where, a)
+    a, e, b, where, top, total = saved
     g = wide(dy[0] if return_sign else dy)  # the sign is constant almost everywhere
-    g = g if keepdims else jnp.expand_dims(g, canonical_axes("", axis, top.ndim))
+    g = g if keepdims else jnp.expand_dims(g, canonical_axes("", axis, total.ndim))
     flat = total == 0 if b is None or return_sign else total <= 0  # where y is −inf, or NaN
     factor = jnp.where(flat, 0, g / jnp.where(flat, 1, total))
+    if e is not None:
+        return factor * e, None, None
+    assert a is not None
+    assert top is not None
+    shape = None if b is None else b.shape
+    b, where = _ranked(b, a), _ranked(where, a)
     e = _powers(a, b, where, top)
     da, db = factor * (e if b is None else e * wide(b)), None if b is None else factor * e
     floating = [v is not None and jnp.issubdtype(v.dtype, jnp.inexact) for v in (a, b)]
@@ -275,8 +303,8 @@ def _logsumexp_backward(saved: _LogSumExpSaved, dy: Any, *, axis: Axis, keepdims
         sample(normal(6, 8), where=mask(6, 8)),
     ],
     workloads=[sample(normal(8192, 1024), axis=-1)],
-    keeps="a, b, two numbers a row",
-    minimum=lambda a, b, where, axis: nbytes(a, b, where) + 2 * _row_bytes(a, axis),
+    keeps="exp(a − m), a number a row; with b, where or below float32 a, b, two numbers a row",
+    minimum=lambda a, b, where, axis: nbytes(a, b, where) + (1 if _keeps_powers(a, b, where) else 2) * _row_bytes(a, axis),
 )
 def logsumexp(
     a: ArrayLike,
