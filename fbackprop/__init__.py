@@ -10,6 +10,7 @@ from fbackprop import layers as layers
 from fbackprop import models as models
 from fbackprop import ops as ops
 from fbackprop import rules as rules
+from fbackprop.accelerating import accelerate as accelerate
 from fbackprop.checking import assert_correct as assert_correct
 from fbackprop.checking import check as check
 from fbackprop.context import without_rules as without_rules
@@ -18,5 +19,17 @@ from fbackprop.ops import *  # noqa: F403
 from fbackprop.rules import RULES as RULES
 
 __version__ = "0.1.0"
-__all__ = ["RULES", "assert_correct", "check", "context", "from_flax", "layers", "models", "ops", "rules", "without_rules"]
+__all__ = [
+    "RULES",
+    "accelerate",
+    "assert_correct",
+    "check",
+    "context",
+    "from_flax",
+    "layers",
+    "models",
+    "ops",
+    "rules",
+    "without_rules",
+]
 __all__ += ops.__all__

@@ -1,0 +1,118 @@
+"""Finds softmax cross-entropies: before a logarithm of a sum of exponentials the logits, behind it the loss of each row."""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+from fbackprop import ops
+from fbackprop.accelerating.evaluation import is_elementwise
+from fbackprop.accelerating.program import Equation, Program, Value
+from fbackprop.accelerating.sites import SHAPING, Near, Site, chain, constant, first, peeled, sides, source
+
+__all__ = ["cross_entropies"]
+
+
+def cross_entropies(program: Program, taken: set[int]) -> Iterator[Site | Near]:
+    for anchor in program.equations:
+        if anchor.name != "log" or id(anchor) in taken or not anchor.outputs[0].is_float:
+            continue
+        summed = _back_to(anchor.inputs[0], "reduce_sum")
+        exponential = None if summed is None else _back_to(summed.inputs[0], "exp")
+        if summed is None or exponential is None or len(summed.params["axes"]) != 1:
+            continue
+        wanted = exponential.outputs[0].shape
+        logits = itertools.islice(source(exponential.inputs[0], functools.partial(_has_shape, wanted)), 3)
+        ends = [v for v in chain(anchor.outputs[0], _onward, most=14) if v.size == summed.outputs[0].size and v.is_float]
+        if not ends:
+            continue
+        site, why = first(program, _guesses(program, list(logits), ends, int(summed.params["axes"][0]), anchor))
+        if site is not None:
+            yield site
+        elif any(_enters(v) for v in ends):
+            yield Near("softmax_cross_entropy", why, anchor)
+
+
+def _has_shape(shape: tuple[int, ...], value: Value) -> bool:
+    return value.is_float and value.shape == shape
+
+
+def _onward(equation: Equation) -> bool:
+    return equation.name in SHAPING | {"reduce_sum", "gather"} or is_elementwise(equation)
+
+
+def _enters(value: Value) -> bool:
+    return value.maker is not None and value.maker.name in ("gather", "reduce_sum")
+
+
+def _back_to(value: Value, name: str) -> Equation | None:
+    for _ in range(6):
+        maker = value.maker
+        if maker is None:
+            return None
+        if maker.name == name:
+            return maker
+        if maker.name not in SHAPING and maker.name != "abs":
+            return None
+        value = maker.inputs[0]
+    return None
+
+
+def _guesses(program: Program, logits: list[Value], ends: list[Value], axis: int, anchor: Equation) -> Iterator[Site]:
+    for x, out in itertools.product(logits, reversed(ends)):
+        entering = sides(out, [x])
+        if not entering or len({id(v) for v, _ in entering}) > 3:
+            continue
+        for v, _ in entering:
+            if v.is_float and v.shape == x.shape:
+                yield from _soft(x, v, out, axis, anchor)
+        rows = out.size
+        for labels in _integer_sources([v for v, _ in entering], rows):
+            yield from _integer(x, labels, out, axis, anchor)
+
+
+def _integer_sources(values: list[Value], rows: int) -> list[Value]:
+    """Arrays of integers, one for each row, that what enters is computed from; the deepest first."""
+    found: dict[int, Value] = {}
+    for v in values:
+        deep = [s for s in source(v, lambda s: not s.is_float and s.size == rows)]
+        for s in (*reversed(deep), v):
+            if not s.is_float and s.dtype is not None and jnp.issubdtype(s.dtype, jnp.integer) and s.size == rows:
+                inner = peeled(s)
+                found.setdefault(id(inner), inner)
+    return [v for v in found.values() if not constant(v)]
+
+
+def _integer(x: Value, labels: Value, out: Value, axis: int, anchor: Equation) -> Iterator[Site]:
+    classes = x.shape[axis]
+    for sign in (1, -1):
+
+        def call(x: Any, labels: Any, sign: int = sign) -> tuple[Any]:
+            rows = tuple(n for i, n in enumerate(x.shape) if i != axis)
+            loss = ops.softmax_cross_entropy_with_integer_labels(x, labels.reshape(rows), axis=axis)
+            shape = _shape(out, x, axis, rows)
+            return ((loss if sign == 1 else -loss).reshape(shape),)
+
+        yield Site("softmax_cross_entropy_with_integer_labels", [x, labels], [out], call, (sign, axis), anchor, classes)
+
+
+def _soft(x: Value, labels: Value, out: Value, axis: int, anchor: Equation) -> Iterator[Site]:
+    for sign in (1, -1):
+
+        def call(x: Any, labels: Any, sign: int = sign) -> tuple[Any]:
+            rows = tuple(n for i, n in enumerate(x.shape) if i != axis)
+            loss = ops.softmax_cross_entropy(x, labels, axis=axis)
+            return ((loss if sign == 1 else -loss).reshape(_shape(out, x, axis, rows)),)
+
+        yield Site("softmax_cross_entropy", [x, labels], [out], call, (sign, axis), anchor)
+
+
+def _shape(out: Value, x: Any, axis: int, rows: tuple[int, ...]) -> tuple[int, ...]:
+    """The rows, with an axis of length 1 wherever the program has one."""
+    if len(out.shape) == len(rows):
+        return rows
+    if len(out.shape) == len(x.shape):
+        return (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+    raise ValueError("a loss of another rank")

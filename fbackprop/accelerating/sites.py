@@ -1,0 +1,326 @@
+"""What is found in a program: sites that an op of this library stands in for, and how that is proved.
+
+A finder guesses: "from these values to those the program computes ``call``". Guesses may be bold, since none is taken on faith.
+``proved`` evaluates the equations between those values in float64, next to the definition of what would stand in for them,
+and accepts only where
+
+- both agree, on numbers of several sizes, to the rounding of the constants in the program;
+- nothing between them is used elsewhere;
+- what stands under a ``stop_gradient`` does not matter, so that derivatives agree where values do;
+- shapes and dtypes are those of the program.
+
+``call`` is what will run, with all that it rearranges, and its definition is what it is under ``without_rules``.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fbackprop.accelerating.evaluation import FULL, Axes, Unknown, evaluate, is_elementwise
+from fbackprop.accelerating.program import Equation, Program, Region, Value, region
+from fbackprop.context import without_rules
+
+__all__ = ["Near", "Site", "chain", "constant", "peeled", "proved", "sides", "source"]
+
+MOST = 2**24  # numbers in one array that a proof may take
+SHAPING = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type", "copy", "pvary"))
+REDUCING = frozenset(("reduce_sum", "reduce_max", "reduce_min"))
+
+
+@dataclasses.dataclass(eq=False)
+class Site:
+    """Values of a program that an op gives from others. ``call`` takes arrays of any length along parallel axes."""
+
+    op: str
+    inputs: list[Value]
+    outputs: list[Value]
+    call: Callable[..., tuple[Any, ...]]
+    options: tuple[Any, ...] = ()  # all that tells this call from another one of the op
+    anchor: Equation | None = None
+    integers: int = 8  # integers are drawn from −integers − 2 to integers + 1
+    equations: Sequence[Equation] = ()  # what it stands in for
+    whole: Sequence[tuple[Value, int]] = ()  # axes that keep their length in a proof
+
+
+@dataclasses.dataclass(eq=False)
+class Near:
+    """What looked like an op and is left as it is."""
+
+    op: str
+    why: str
+    anchor: Equation
+
+
+# ------------------------------------------------------------------------------------------------ walking over a program
+
+
+def constant(value: Value) -> bool:
+    """Whether a value is made of nothing but constants."""
+    pending, seen = [value], set()
+    while pending:
+        v = pending.pop()
+        if v.known is not None or id(v) in seen:
+            continue
+        if v.maker is None or v.maker.name.startswith("random") or len(seen) > 64:
+            return False
+        seen.add(id(v))
+        pending += v.maker.inputs
+    return True
+
+
+def source(value: Value, wanted: Callable[[Value], bool], most: int = 60) -> Iterator[Value]:
+    """Single values that ``value`` is computed from, step by step back through elementwise equations, sums and changes of
+    shape; the nearest first."""
+    frontier = {id(value): value}
+    for _ in range(most):
+        open_ = [v for v in frontier.values() if v.maker is not None]
+        if not open_:
+            return
+        latest = max(open_, key=lambda v: v.maker.order if v.maker else -1)
+        maker = latest.maker
+        assert maker is not None
+        if not (maker.name in SHAPING or maker.name in REDUCING or is_elementwise(maker)):
+            return
+        del frontier[id(latest)]
+        frontier.update((id(v), v) for v in maker.inputs if not constant(v))
+        if len(frontier) == 1 and wanted(only := next(iter(frontier.values()))):
+            yield only
+
+
+def peeled(value: Value) -> Value:
+    """What was spread out to this value, without the axes that it was given."""
+    while (maker := value.maker) is not None and maker.name in SHAPING and maker.inputs[0].is_float == value.is_float:
+        inner = maker.inputs[0]
+        if inner.known is not None or (maker.name == "convert_element_type" and inner.dtype != value.dtype):
+            break
+        value = inner
+    return value
+
+
+def sides(out: Value, inputs: Sequence[Value]) -> list[tuple[Value, Equation]] | None:
+    """Values that enter between the inputs and ``out`` and depend on none of them, each with the equation it enters; None
+    where ``out`` does not depend on the inputs."""
+    stop, moving, order = set(map(id, inputs)), {}, []
+
+    def visit(value: Value) -> bool:
+        # Iterative, since programs are deep.
+        stack: list[tuple[Value, bool]] = [(value, False)]
+        while stack:
+            v, done = stack.pop()
+            if id(v) in moving:
+                continue
+            if id(v) in stop:
+                moving[id(v)] = True
+            elif v.maker is None:
+                moving[id(v)] = False
+            elif done:
+                moving[id(v)] = any(moving[id(i)] for i in v.maker.inputs)
+            elif len(moving) > 4000:
+                return False
+            else:
+                stack.append((v, True))
+                stack += [(i, False) for i in v.maker.inputs]
+        return moving[id(value)]
+
+    if not visit(out):
+        return None
+    pending, seen = [out], set()
+    while pending:
+        v = pending.pop()
+        if id(v) in seen or id(v) in stop or v.maker is None:
+            continue
+        seen.add(id(v))
+        for i in v.maker.inputs:
+            if moving[id(i)]:
+                pending.append(i)
+            elif not constant(i):
+                order.append((i, v.maker))
+    return order
+
+
+def chain(value: Value, through: Callable[[Equation], bool], most: int = 12) -> list[Value]:
+    """The values that are made of ``value`` one after the other, as long as each has one user."""
+    found = []
+    for _ in range(most):
+        users = {id(u): u for u in value.users}
+        if len(users) != 1:
+            break
+        (user,) = users.values()
+        if len(user.outputs) != 1 or not through(user):
+            break
+        value = user.outputs[0]
+        found.append(value)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- the proof
+
+
+_proofs: dict[Any, str] = {}
+
+
+def proved(program: Program, site: Site, leaks: bool = False) -> str:
+    """Why a site is not what it was guessed to be; the empty string where it is. Sets ``site.equations``."""
+    found = region(site.inputs, site.outputs)
+    if found is None:
+        return "more enters than the op takes"
+    if not leaks and (lost := found.leaks(program)):
+        maker = lost[0].maker
+        return f"an interior value ({maker.name if maker else 'input'}) is used elsewhere"
+    site.equations = [e for e in found.equations if any(id(v) in found.moving for v in e.outputs)]
+    key = (site.op, site.options, jax.config.jax_enable_x64, _structure(found))  # type: ignore[attr-defined]
+    if key not in _proofs:
+        if len(_proofs) > 4096:
+            _proofs.clear()
+        _proofs[key] = _proof(site, found)
+    return _proofs[key]
+
+
+def _structure(found: Region) -> tuple[Any, ...]:
+    """All that a proof depends on."""
+    names: dict[int, int] = {}
+
+    def name(v: Value) -> Any:
+        if v.known is not None:
+            return v.known.tobytes(), v.shape, str(v.dtype)
+        return names.setdefault(id(v), len(names)), v.shape, str(v.dtype)
+
+    head = tuple(map(name, found.inputs))
+    body = tuple((e.name, str(e.params), tuple(map(name, e.inputs)), tuple(map(name, e.outputs))) for e in found.equations)
+    return head, body, tuple(map(name, found.outputs))
+
+
+def _proof(site: Site, found: Region) -> str:
+    try:
+        call = without_rules(site.call)
+        given = [_type(v) for v in site.inputs]
+        results = jax.tree.leaves(jax.eval_shape(call, *given))
+        for value, result in zip(site.outputs, results, strict=True):
+            if (tuple(result.shape), result.dtype) != (value.shape, value.dtype):
+                return f"the op would give {result.dtype}{list(result.shape)}, not {value.dtype}{list(value.shape)}"
+        for equation in found.equations:
+            if equation.name == "custom_jvp_call" and not _is_own_derivative(equation):
+                return "a custom_jvp whose derivative is not that of its function"
+        axes = Axes(found, site.whole)
+        if max(int(np.prod(axes.shape(v))) for e in found.equations for v in e.outputs) > MOST:
+            axes = Axes(found, site.whole, short=(1,))
+            if max(int(np.prod(axes.shape(v))) for e in found.equations for v in e.outputs) > MOST:
+                return "too large to be proved"
+        short = [jax.ShapeDtypeStruct(axes.shape(v), v.dtype) for v in site.inputs]
+        traced = Program.of(jax.make_jaxpr(call)(*short))
+        own = Region(traced.inputs, traced.outputs, traced.equations, set())
+        for arguments in _draws(site, [s.shape for s in short]):
+            theirs = evaluate(found, axes, arguments)
+            shifted = evaluate(found, axes, arguments, stopped=0.37)
+            ours = evaluate(own, FULL, arguments)
+            eps = 1e-10 if any(v.dtype == np.float64 for v in site.outputs) else 3e-6
+            for a, b, c in zip(theirs, ours, shifted, strict=True):
+                if not _close(a, b, eps):
+                    return "it computes something else"
+                if not _close(a, c, 1e-9):
+                    return "a derivative is stopped inside"
+    except Unknown as unknown:
+        return str(unknown)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return f"the op refuses it: {(str(error).splitlines() or [''])[0]}"
+    return ""
+
+
+def _type(value: Value) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
+
+
+def _draws(site: Site, shapes: Sequence[tuple[int, ...]]) -> Iterator[list[np.ndarray]]:
+    """Numbers of several sizes: an ε counts only beside small ones, and some functions differ only far out."""
+    rng = np.random.default_rng(0)
+    for scale, mean in ((1.0, 0.0), (1e-3, 0.0), (4.0, 1.5)):
+        arrays = []
+        for value, shape in zip(site.inputs, shapes):
+            if value.is_float:
+                arrays.append(rng.normal(size=shape) * scale + mean)
+            elif value.dtype == np.bool_:
+                own = rng.random(size=shape) < 0.6
+                if own.ndim and scale == 1e-3:
+                    own[..., : own.shape[-2] // 2 if own.ndim > 1 else 1, :] = False
+                arrays.append(own)
+            else:
+                arrays.append(rng.integers(-site.integers - 2, site.integers + 2, size=shape).astype(value.dtype))
+        yield arrays
+
+
+def _close(a: np.ndarray, b: np.ndarray, eps: float) -> bool:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape:
+        return False
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not (same | finite).all():
+        return False
+    scale = np.abs(b).max(initial=0.0, where=finite)
+    with np.errstate(all="ignore"):
+        return bool((same | (np.abs(a - b) <= eps * scale)).all())
+
+
+_derivatives: dict[Any, bool] = {}
+
+
+def _is_own_derivative(equation: Equation) -> bool:
+    """Whether an elementwise custom_jvp has the derivative of the function inside of it, by differences."""
+    key = str(equation.params["call_jaxpr"])
+    if key not in _derivatives:
+        _derivatives[key] = _agrees_with_differences(equation)
+    return _derivatives[key]
+
+
+def _tangent(equation: Equation) -> Region:
+    """The program of an equation's own derivative: from inputs and tangents of the floating-point ones."""
+    again = equation.again
+    types = [_type(v) for v in equation.inputs]
+    moving = [i for i, v in enumerate(equation.inputs) if v.is_float]
+
+    def tangent(xs: Sequence[Any], dots: Sequence[Any]) -> Any:
+        def of(*moved: Any) -> Any:
+            given = list(xs)
+            for i, m in zip(moving, moved):
+                given[i] = m
+            return again.primitive.bind(*given, **again.primitive.get_bind_params(again.params))[0]
+
+        return jax.jvp(of, [xs[i] for i in moving], list(dots))[1]
+
+    program = Program.of(jax.make_jaxpr(tangent)(types, [types[i] for i in moving]))
+    return Region(program.inputs, program.outputs, program.equations, set())
+
+
+def _agrees_with_differences(equation: Equation) -> bool:
+    moving = [i for i, v in enumerate(equation.inputs) if v.is_float]
+    derivative = _tangent(equation)
+    function = Region(equation.inputs, equation.outputs, [equation], set())
+    rng = np.random.default_rng(1)
+    xs = [rng.normal(size=v.shape) * 2 if v.is_float else np.ones(v.shape, v.dtype) for v in equation.inputs]
+    dots = [rng.normal(size=equation.inputs[i].shape) for i in moving]
+    h = 2.0**-18
+
+    def at(step: float) -> np.ndarray:
+        moved = [x + step * dots[moving.index(i)] if i in moving else x for i, x in enumerate(xs)]
+        return evaluate(function, FULL, moved)[0]
+
+    slope = evaluate(derivative, FULL, [*xs, *dots])[0]
+    return _close((at(h) - at(-h)) / (2 * h), slope, 1e-6)
+
+
+def first(program: Program, guesses: Iterable[Site]) -> tuple[Site | None, str]:
+    """The first guess that is proved, or why the last one was not."""
+    why = "nothing here is like it"
+    for guess in guesses:
+        why = proved(program, guess)
+        if not why:
+            return guess, ""
+    return None, why
+
+
+def dtype_width(dtype: Any) -> int:
+    return jnp.finfo(dtype).bits
