@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from fbackprop.cli_bench import bench
-from fbackprop.options import FLOATS, array, checks, dtype, file, positive, static, whole
+from fbackprop.options import FLOATS, array, checks, dtype, file, positive, static, whole, zero_or_more
 
 __all__ = ["main"]
 
@@ -22,14 +22,19 @@ presets:
   FILE.npz, FILE.csv  your own examples: in .npz the arrays x [N, features], [N, H, W] or [N, H, W, C] and
                       y [N], integers from 0; in CSV numbers, the label last, with or without a line of names.
                       A fifth is held out. Flat examples train a perceptron, images a convolutional network.
+  FILE.txt, .md, .py  your own text, as bytes, for the GPT of stdlib-gpt; the last tenth is held out.
+  FILE.bin, .npy      your own tokens for it: in .bin integers of 16 bits (of 32 in *.uint32.bin), in .npy integers [N].
+                      Text and tokens are mapped into memory, not read.
 """
 
 _TRAIN_END = """\
-DIR receives config.json, metrics.json, curves.png and checkpoints/. Ctrl-C writes a checkpoint and stops; with --resume
-the run goes on and ends with the parameters, bit for bit, of one that never stopped.
+DIR receives config.json, metrics.json, curves.png, checkpoints/ and, where text is learned, samples.txt. Ctrl-C writes
+a checkpoint and stops; with --resume the run goes on and ends with the parameters, bit for bit, of one that never
+stopped.
 
 examples:
   fbackprop train digits-cnn
+  fbackprop train stdlib-gpt --out runs/code && fbackprop generate runs/code --prompt 'def '
   fbackprop train measurements.csv --epochs 50 --lr 0.001 --out runs/first
   fbackprop train measurements.csv --epochs 80 --out runs/first --resume
 
@@ -89,7 +94,7 @@ def _train(subparsers: Any) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _TRAIN_END
     add = parser.add_argument
-    add("preset", metavar="PRESET", help="a preset, or the path of an .npz or CSV file")
+    add("preset", metavar="PRESET", help="a preset, or the path of a file")
     add("--steps", type=whole(1), metavar="N", help="how many steps; or")
     add("--epochs", type=whole(1), metavar="N", help="how many passes over the examples (default: the preset's)")
     add("--batch", type=whole(1), metavar="N", help="examples in a step (default: the preset's)")
@@ -117,6 +122,26 @@ def _run_train(arguments: argparse.Namespace) -> int:
     from fbackprop.training.command import Options, train
 
     return train(Options(**{name: value for name, value in vars(arguments).items() if name not in ("run", "command")}))
+
+
+def _generate(subparsers: Any) -> None:
+    parser = subparsers.add_parser("generate", help="draw text from a language model that was trained")
+    parser.description = "Continues a prompt with the newest checkpoint of a run of stdlib-gpt, stdlib-lstm or your own text."
+    add = parser.add_argument
+    add("run_dir", metavar="RUN_DIR", help="the folder of the run, such as runs/stdlib-gpt-1")
+    add("--prompt", metavar="TEXT", help="what to continue; for a model of tokens, numbers (default: a new line, or token 0)")
+    add("--tokens", type=whole(1), default=400, metavar="N", help="how many to draw (default: 400)")
+    add("--temperature", type=zero_or_more, default=0.8, metavar="T", help="0 takes the likeliest each time (default: 0.8)")
+    add("--top-k", type=whole(1), metavar="K", help="draw from the K likeliest alone (default: from all)")
+    add("--seed", type=whole(0), default=0, metavar="S", help="decides the draws (default: 0)")
+    parser.set_defaults(run=_run_generate)
+
+
+def _run_generate(arguments: argparse.Namespace) -> int:
+    from fbackprop.training.generating import GenerateOptions, generate_from_run
+
+    given = {name: value for name, value in vars(arguments).items() if name not in ("run", "command")}
+    return generate_from_run(GenerateOptions(**given))
 
 
 def _check(subparsers: Any) -> None:
@@ -162,7 +187,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
-SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_train, _check, bench)
+SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_train, _generate, _check, bench)
 """Each adds its parser, with the function that runs it as the default ``run``."""
 
 

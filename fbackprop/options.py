@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["FLOATS", "array", "checks", "dtype", "file", "one_of", "picture", "positive", "several", "static", "whole"]
+__all__ = ["FLOATS", "array", "checks", "dtype", "file", "one_of", "picture", "positive", "several", "static", "whole",
+           "zero_or_more"]  # fmt: skip
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 INTEGERS = ("int32", "int8", "int16", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -35,6 +36,16 @@ def positive(text: str) -> float:
         number = math.nan
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
+def zero_or_more(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
     return number
 
 

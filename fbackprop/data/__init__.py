@@ -9,15 +9,27 @@ from fbackprop.data.files import load as load
 from fbackprop.data.seeds import AND_GATE as AND_GATE
 from fbackprop.data.seeds import SIGMOID_NEURON as SIGMOID_NEURON
 from fbackprop.data.seeds import THREE_LAYER as THREE_LAYER
+from fbackprop.data.tokens import TEXT as TEXT
+from fbackprop.data.tokens import TOKENS as TOKENS
+from fbackprop.data.tokens import TokenData as TokenData
+from fbackprop.data.tokens import Windows as Windows
+from fbackprop.data.tokens import load_tokens as load_tokens
+from fbackprop.data.tokens import standard_library as standard_library
 
 __all__ = [
     "AND_GATE",
     "SIGMOID_NEURON",
+    "TEXT",
     "THREE_LAYER",
+    "TOKENS",
     "DataError",
     "Dataset",
+    "TokenData",
+    "Windows",
     "classification",
     "digits",
     "held_out_fifth",
     "load",
+    "load_tokens",
+    "standard_library",
 ]

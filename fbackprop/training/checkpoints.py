@@ -69,6 +69,19 @@ class Checkpoints:
         restored = self._restore(self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract))).state
         return _with_keys(TrainState(**restored), like)
 
+    def params(self, like: Any) -> Any:
+        """The parameters of the newest checkpoint, in the structure of ``like``, whatever they were trained with.
+
+        Raises:
+          RunError: where there is no checkpoint, one that cannot be read, or one of another model.
+        """
+        restored = self._restore(self._ocp.args.Composite(state=self._ocp.args.StandardRestore())).state["params"]
+        found, wanted = _by_name(restored), _by_name(like)
+        shapes = [[[name, str(list(leaf.shape))] for name, leaf in tree.items()] for tree in (found, wanted)]
+        if sorted(shapes[0]) != sorted(shapes[1]):
+            raise RunError(f"{self.directory}: the checkpoint is of another model: {_difference(*shapes)}.")
+        return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(found[name]) for name in wanted])
+
     def close(self) -> None:
         if self._manager is not None:
             self._manager.close()
@@ -120,10 +133,12 @@ def _with_keys(train: TrainState, like: TrainState) -> TrainState:
 
 def _arrays(train: TrainState) -> list[list[str]]:
     """What the train state is made of: [name, type] for each array."""
-    leaves = jax.tree_util.tree_leaves_with_path(train)
-    return [
-        [jax.tree_util.keystr(path, simple=True, separator="."), f"{leaf.dtype}{list(leaf.shape)}"] for path, leaf in leaves
-    ]
+    return [[name, f"{leaf.dtype}{list(leaf.shape)}"] for name, leaf in _by_name(train).items()]
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _difference(saved: list[list[str]], expected: list[list[str]]) -> str:

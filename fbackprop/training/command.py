@@ -14,19 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbackprop.files import read_json, write_json
+from fbackprop.data import Windows
+from fbackprop.files import read_json, write_atomically, write_json
 from fbackprop.training.batches import Batches
 from fbackprop.training.checkpoints import RunError
 from fbackprop.training.fit import Fit, Stopped, fit
 from fbackprop.training.gradients import gradient_errors
 from fbackprop.training.optimizers import make_optimizer
-from fbackprop.training.presets import PRESETS, Preset, Task, file_preset
+from fbackprop.training.presets import PRESETS, file_preset
 from fbackprop.training.progress import percent
+from fbackprop.training.tasks import Preset, Task
 
 __all__ = ["DTYPES", "Options", "train"]
 
 DTYPES = ("float32", "bfloat16", "float64")
-_FILES = ("config.json", "metrics.json", "curves.png", "checkpoints")
+_FILES = ("config.json", "metrics.json", "curves.png", "samples.txt", "checkpoints")
 _FREE = ("steps", "epochs", "versions")  # what may differ when a run is resumed
 
 
@@ -72,11 +74,12 @@ def train(options: Options) -> int:
 
 def _train(options: Options, preset: Preset, config: dict[str, Any], directory: pathlib.Path | None, started: float) -> int:
     task = _in_dtype(preset.task(config["seed"]), np.float64 if config["dtype"] == "float64" else np.float32)
-    count = len(task.examples["x"])
+    count = task.count
     if options.batch is not None and options.batch > count:
         raise RunError(f"--batch {options.batch} is more than the {count} examples to train on.")
     config["batch"] = min(config["batch"] or count, count)
     config |= {"model": repr(task.model), "data": task.fingerprint}
+    config |= {} if task.recipe is None else {"recipe": task.recipe}
     per_epoch = count // config["batch"]
     total = config["steps"] if config["steps"] is not None else config["epochs"] * per_epoch
     if options.resume and directory is not None:
@@ -99,8 +102,9 @@ def _train(options: Options, preset: Preset, config: dict[str, Any], directory: 
         result = fit(
             task.loss_fn, make_optimizer(config["optimizer"], preset.rate(config["lr"], per_epoch)), task.params, task.examples,
             state=task.state, steps=total, batch_size=config["batch"], seed=config["seed"], shuffle=config["batch"] < count,
-            dtype=config["dtype"] if config["dtype"] == "bfloat16" else None, evaluate=task.evaluate, directory=directory,
-            resume=True, title=preset.name, config=config, notes=notes,
+            dtype=config["dtype"] if config["dtype"] == "bfloat16" else None, evaluate=task.evaluate,
+            evaluate_every=task.evaluate_every, unit=task.unit, directory=directory, resume=True, title=preset.name,
+            config=config, notes=notes,
             seconds_before=0.0 if complete else time.perf_counter() - started,
         )  # fmt: skip
     except Stopped as stop:
@@ -112,7 +116,10 @@ def _train(options: Options, preset: Preset, config: dict[str, Any], directory: 
         return 0
     if extra := task.numbers(result):
         write_json(directory / "metrics.json", {**result.metrics, **extra})
-    _print_results(task, result, directory)
+    texts = task.files(result)
+    for name, text in texts.items():
+        write_atomically(directory / name, text.encode())
+    _print_results(task, result, directory, texts)
     return 0
 
 
@@ -120,11 +127,11 @@ def _preset(name: str) -> Preset:
     if name in PRESETS:
         return PRESETS[name]
     path = pathlib.Path(name)
-    if path.exists() or path.suffix.lower() in (".npz", ".csv") or os.sep in name:
+    if path.exists() or path.suffix or os.sep in name:
         return file_preset(name)
     near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.5)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise RunError(f"there is no preset {name!r}{hint}; known are {', '.join(PRESETS)}, or the path of an .npz or .csv file.")
+    raise RunError(f"there is no preset {name!r}{hint}; known are {', '.join(PRESETS)}, or the path of a file.")
 
 
 def _directory(options: Options) -> pathlib.Path | None:
@@ -187,7 +194,9 @@ def _in_dtype(task: Task, dtype: Any) -> Task:
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
-    def cast(leaf: Any) -> np.ndarray:
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, Windows):
+            return leaf
         leaf = np.asarray(leaf)
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
@@ -196,8 +205,9 @@ def _cast(tree: Any, dtype: Any) -> Any:
 
 def _check(task: Task, config: dict[str, Any]) -> dict[str, float]:
     """Compares the gradient on the first batch with that of the twin, prints the worst error and returns it."""
-    count, seed = len(task.examples["x"]), config["seed"]
+    count, seed = task.count, config["seed"]
     batch = Batches(task.examples, count, config["batch"], seed, config["batch"] < count)(0)
+    batch = jax.tree.map(lambda array: array[: task.check_on], batch)
     dtype = config["dtype"] if config["dtype"] == "bfloat16" else None
     errors = gradient_errors(task.loss_fn, task.params, batch, state=task.state, key=seed, dtype=dtype)
     worst = float(np.max(list(errors.values())))
@@ -237,15 +247,23 @@ def _make(path: pathlib.Path, exist_ok: bool) -> None:
         raise RunError(f"{path}: the folder cannot be made ({error.strerror or error}).") from None
 
 
-def _print_results(task: Task, result: Fit, directory: pathlib.Path) -> None:
+def _print_results(task: Task, result: Fit, directory: pathlib.Path, texts: dict[str, str]) -> None:
     for line in task.after(result):
         print(line)
     metrics = result.metrics
     if "test_accuracy" in metrics:
         print(f"accuracy   {percent(metrics['test_accuracy'])} of {task.held_out} held-out examples")
     elif "accuracy" in metrics:
-        print(f"accuracy   {percent(metrics['accuracy'])} of {len(task.examples['x'])} rows")
+        print(f"accuracy   {percent(metrics['accuracy'])} of {task.count} rows")
     if metrics["skipped_steps"]:
         print(f"skipped    {metrics['skipped_steps']} of {metrics['steps']} steps, whose gradient was not finite")
     print(f"time       {metrics['seconds']:.1f} s for {metrics['steps']} steps, compiling included")
-    print(f"files      {directory}{os.sep}: config.json, metrics.json, curves.png, checkpoints{os.sep}")
+    unit = f"{task.unit[0]}_per_second"
+    if metrics.get(unit):
+        peak = metrics["peak_memory_bytes"] / 2**30
+        print(f"speed      {metrics[unit]:,.0f} {task.unit[0]} a second; {peak:.2f} GiB at most")
+    names = ", ".join(["config.json", "metrics.json", "curves.png", *texts])
+    print(f"files      {directory}{os.sep}: {names}, checkpoints{os.sep}")
+    for name, text in texts.items():
+        print(f"{name}, its beginning:")
+        print("\n".join(f"    {line}" for line in text.splitlines()[:14]))

@@ -18,14 +18,15 @@ import optax
 from fbackprop.files import read_json, write_json
 from fbackprop.training.batches import Batches
 from fbackprop.training.checkpoints import Checkpoints, RunError
-from fbackprop.training.progress import Reporter, interrupts
+from fbackprop.training.progress import Reporter, interrupts, peak_bytes
 from fbackprop.training.step import LossFn, TrainState, init_train_state, make_step
 
 __all__ = ["Fit", "History", "Stopped", "fit"]
 
 Evaluate = Callable[[Any, Any], Mapping[str, Any]]
 
-_FETCH_EVERY = 64  # steps between two looks at the metrics, which wait for the device
+_FETCH_EVERY = 64  # steps between two looks at the metrics, which wait for the device;
+_FETCH_SECONDS = 2.0  # or so much time, where steps take long
 _SAVE_SECONDS = 10.0  # between two checkpoints, where no number of steps is given
 
 
@@ -84,6 +85,7 @@ def fit(
     config: Mapping[str, Any] | None = None,
     notes: Mapping[str, Any] | None = None,
     seconds_before: float = 0.0,
+    unit: tuple[str, int] = ("examples", 1),
 ) -> Fit:
     """Trains, and writes ``metrics.json``, ``curves.png`` and ``checkpoints/`` into ``directory`` if there is one.
 
@@ -103,6 +105,7 @@ def fit(
       checkpoint_every: in steps; by default every ten seconds. One is written at the end, and on Ctrl-C, always.
       config: written into ``directory`` as ``config.json``, for whoever resumes the run.
       title, notes, seconds_before: the head of bar and picture, more for ``metrics.json``, time to add to its ``seconds``.
+      unit: what throughput is told in, and how many of them an example is: ("tokens", 1024).
     Raises:
       ValueError: for arguments out of range; RunError where ``directory`` holds a run and ``resume`` is false, or a
         run of another model or with other options. Nothing is written then.
@@ -126,7 +129,7 @@ def fit(
         batches=Batches(data, examples, batch_size, seed, shuffle),
         train=train, done=int(train.step), total=total, history=history, pending=[], evaluate=evaluate,
         evaluate_every=evaluate_every, checkpoint_every=checkpoint_every, place=place, started=started,
-        title=title, notes=dict(notes or {}),
+        title=title, notes=dict(notes or {}), unit=(unit[0], unit[1] * batch_size),
     )  # fmt: skip
     if place is not None and run.done == total and (finished := place.finished(total)) is not None:
         return Fit(train.params, train.state, train, history, finished)
@@ -154,7 +157,10 @@ class _Run:
     started: float
     title: str
     notes: dict[str, Any]
+    unit: tuple[str, int]  # what a step takes in
     saved_at: float = 0.0
+    looked: tuple[int, float] | None = None  # the step and the time of the last look; None before the first step
+    timed: tuple[int, float] = (0, 0.0)  # steps and seconds without compiling, evaluations and checkpoints
 
     def go(self, reporter: Reporter) -> None:
         self.saved_at = time.perf_counter()
@@ -164,7 +170,10 @@ class _Run:
                     self.train, metrics = self.step(self.train, self.batches(self.done))
                     self.done += 1
                     self.pending.append(metrics)
-                    if len(self.pending) >= _FETCH_EVERY:
+                    if self.looked is None:
+                        jax.block_until_ready(metrics)  # the first step compiles
+                        self._look()
+                    if len(self.pending) >= _FETCH_EVERY or self._waited():
                         self._fetch(reporter)
                     if asked.is_set():
                         raise KeyboardInterrupt
@@ -193,6 +202,8 @@ class _Run:
             "loss": steps["loss"][-1] if steps else None,
             "grad_norm": steps["grad_norm"][-1] if steps else None,
             "skipped_steps": int(self.train.skipped),
+            f"{self.unit[0]}_per_second": self._rate(),
+            "peak_memory_bytes": peak_bytes(),
             **{name: value for name, value in last.items() if name != "step"},
             **self.notes,
             "evaluations": self.history.evaluations,
@@ -215,7 +226,27 @@ class _Run:
         if bad:
             which = f"step {bad[0]}" if len(bad) == 1 else f"{len(bad)} steps from {bad[0]} to {bad[-1]}"
             reporter.line(f"{which} skipped: the gradient is not finite ({int(self.train.skipped)} skipped so far).")
-        reporter.advance(self.done, self.history.steps["loss"][-1] if rows else None)
+        if self.looked is not None:
+            step, at = self.looked
+            self.timed = self.timed[0] + self.done - step, self.timed[1] + time.perf_counter() - at
+        self._look()
+        reporter.advance(self.done, self._last(), self._speed())
+
+    def _waited(self) -> bool:
+        return self.looked is not None and time.perf_counter() - self.looked[1] > _FETCH_SECONDS
+
+    def _look(self) -> None:
+        self.looked = self.done, time.perf_counter()
+
+    def _last(self) -> dict[str, float]:
+        return {name: self.history.steps[name][-1] for name in ("loss", "grad_norm") if name in self.history.steps}
+
+    def _rate(self) -> float | None:
+        steps, seconds = self.timed
+        return round(steps * self.unit[1] / seconds, 1) if steps and seconds else None
+
+    def _speed(self) -> str:
+        return "" if self._rate() is None else f"{self._rate():,.0f} {self.unit[0]}/s"
 
     def _evaluate(self, reporter: Reporter) -> None:
         self._fetch(reporter)
@@ -223,13 +254,15 @@ class _Run:
             return
         values = {name: float(value) for name, value in self.evaluate(self.train.params, self.train.state).items()}
         self.history.evaluations.append({"step": self.done, **values})
-        reporter.evaluation(self.done, self.total, {"loss": self.history.steps["loss"][-1], **values} if self.done else values)
+        reporter.evaluation(self.done, self.total, {**self._last(), **values}, self._speed())
+        self._look()
 
     def _save(self, reporter: Reporter) -> None:
         self._fetch(reporter)
         self.saved_at = time.perf_counter()
         if self.place is not None:
             self.place.save(self.train, self.history, self.saved_at - self.started)
+        self._look()
 
     def _write(self, complete: bool) -> None:
         if self.place is None:

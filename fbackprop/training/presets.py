@@ -1,65 +1,24 @@
 """What ``fbackprop train`` can train: the small systems of the seed documents, scikit-learn's digits, the user's files.
 
-A preset says what to train and with which options by default. ``task`` makes it concrete: data, model, loss, weights.
+Language models stand in language.py.
 """
 
-import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from fbackprop import data, ops
 from fbackprop.layers import BatchNorm, Conv, Dense, Dropout, Flatten, Layer, MaxPool, serial
-from fbackprop.models import mlp
+from fbackprop.models import mlp, resnet
 from fbackprop.training.fit import Fit
+from fbackprop.training.language import LANGUAGE_PRESETS, is_language_file, language_preset
+from fbackprop.training.tasks import Preset, Task
 
-__all__ = ["PRESETS", "Preset", "Task", "file_preset"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """All that a run needs besides its options. ``examples`` are the arrays x and y of the training part."""
-
-    model: Layer
-    params: Any
-    state: Any
-    examples: dict[str, np.ndarray]
-    loss_fn: Callable[..., Any]
-    evaluate: Callable[[Any, Any], Mapping[str, Any]]
-    fingerprint: str = ""  # of data that is not in the package
-    held_out: int = 0  # examples that accuracy is measured on, 0 where none are held out
-    before: tuple[str, ...] = ()  # lines to print before the first step
-    after: Callable[[Fit], Sequence[str]] = lambda result: ()  # and after the last
-    numbers: Callable[[Fit], dict[str, Any]] = lambda result: {}  # more for metrics.json
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """A named thing to train, with its default options. ``batch`` 0 means all examples; one of steps, epochs is None."""
-
-    name: str
-    summary: str
-    task: Callable[[int], Task]  # of the seed
-    optimizer: str
-    lr: float
-    batch: int
-    steps: int | None = None
-    epochs: int | None = None
-    dtype: str = "float32"
-    half_life: int | None = None  # epochs in which the rate halves; None: it stays
-
-    def rate(self, lr: float, per_epoch: int) -> optax.ScalarOrSchedule:
-        """The learning rate as a function of the step. It knows nothing of the end of the run: a run that is extended
-        takes the steps of one that was as long from the beginning."""
-        if self.half_life is None:
-            return lr
-        warm, decay = per_epoch, 0.5 ** (1 / (self.half_life * per_epoch))
-        return lambda step: lr * jnp.minimum((step + 1) / warm, 1.0) * jnp.maximum(decay**step, 0.01)
+__all__ = ["PRESETS", "file_preset"]
 
 
 def _classifier(source: data.Dataset, model: Layer, seed: int) -> Task:
@@ -107,6 +66,10 @@ def _digits_mlp(seed: int) -> Task:
 
 def _digits_cnn(seed: int) -> Task:
     return _classifier(data.digits(images=True), _convolutional((8, 8), 10), seed)
+
+
+def _digits_resnet(seed: int) -> Task:
+    return _classifier(data.digits(images=True), resnet((1, 1, 1), (16, 32, 64), 10, stem="cifar"), seed)
 
 
 def _regression(
@@ -192,7 +155,9 @@ def _losses(result: Fit) -> list[str]:
 
 
 def file_preset(path: str) -> Preset:
-    """A preset for the user's own file: a perceptron for flat examples, convolutions for images."""
+    """A preset for the user's own file: a perceptron for flat examples, convolutions for images, a GPT for text and tokens."""
+    if is_language_file(pathlib.Path(path)):
+        return language_preset(path)
 
     def task(seed: int) -> Task:
         source = data.load(path)
@@ -215,6 +180,9 @@ PRESETS: dict[str, Preset] = {
                _digits_mlp, "adam", 2e-3, 64, epochs=30, half_life=10),
         Preset("digits-cnn", "a convolutional network on the same digits, 98 % and more",
                _digits_cnn, "adam", 3e-3, 64, epochs=20, half_life=4),
+        Preset("digits-resnet", "a residual network of 8 layers on the same digits",
+               _digits_resnet, "adam", 3e-3, 64, epochs=12, half_life=3),
+        *LANGUAGE_PRESETS,
     )
 }  # fmt: skip
 """The presets by name."""

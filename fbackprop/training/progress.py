@@ -2,13 +2,16 @@
 
 import contextlib
 import math
+import resource
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["Reporter", "interrupts", "percent"]
+import jax
+
+__all__ = ["Reporter", "interrupts", "peak_bytes", "percent"]
 
 
 class Reporter:
@@ -28,11 +31,11 @@ class Reporter:
                 "{task.description}",
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[loss]}"),
+                TextColumn("{task.fields[values]}"),
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task(title, total=total, completed=done, loss="")
+            self._task = self._bar.add_task(title, total=total, completed=done, values="")
 
     def __enter__(self) -> "Reporter":
         if self._bar is not None:
@@ -43,19 +46,35 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, done: int, loss: float | None = None) -> None:
+    def advance(self, done: int, values: Mapping[str, float], rate: str = "") -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, **({} if loss is None else {"loss": f"loss {loss:.4g}"}))
+            words = [*_words(values), *([rate] if rate else []), _gib(peak_bytes())]
+            self._bar.update(self._task, completed=done, **({"values": "  ".join(words)} if values else {}))
 
     def line(self, text: str) -> None:
         if self._console is not None:
             (self._bar.console if self._bar is not None else self._console).print(text, markup=False, soft_wrap=True)
 
-    def evaluation(self, step: int, total: int, values: Mapping[str, float]) -> None:
-        words = [
-            f"{name.replace('_', ' ')} {percent(v) if name.endswith('accuracy') else f'{v:.4g}'}" for name, v in values.items()
-        ]
+    def evaluation(self, step: int, total: int, values: Mapping[str, float], rate: str = "") -> None:
+        words = [*_words(values), *([rate, _gib(peak_bytes())] if rate else [])]
         self.line(f"step {step:>{len(str(total))}}/{total}   {'   '.join(words)}")
+
+
+def _words(values: Mapping[str, float]) -> list[str]:
+    return [f"{name.replace('_', ' ')} {percent(v) if name.endswith('accuracy') else f'{v:.4g}'}" for name, v in values.items()]
+
+
+def _gib(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB"
+
+
+def peak_bytes() -> int:
+    """The most memory held so far: of the device where it counts it, else of the process."""
+    counted = jax.local_devices()[0].memory_stats()
+    if counted and "peak_bytes_in_use" in counted:
+        return int(counted["peak_bytes_in_use"])
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def percent(fraction: float) -> str:
