@@ -363,11 +363,24 @@ def _needed(saved: Saved, y: Any, wanted: Sequence[bool]) -> list[bool]:
 
     # y stands in for dy: it has its type.
     jaxpr = jax.make_jaxpr(cotangents)(saved.values, y).jaxpr
-    live = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    return _read(jaxpr, [True] * len(jaxpr.outvars))[: len(saved.values)]
+
+
+def _read(jaxpr: Any, wanted: Sequence[bool]) -> list[bool]:
+    """Which inputs of a program its wanted outputs depend on."""
+    live = {v for v, w in zip(jaxpr.outvars, wanted) if w and isinstance(v, Var)}
     for equation in reversed(jaxpr.eqns):
-        if live.intersection(equation.outvars):
-            live.update(v for v in equation.invars if isinstance(v, Var))
-    return [v in live for v in jaxpr.invars[: len(saved.values)]]
+        outputs = [v in live for v in equation.outvars]
+        if not any(outputs):
+            continue
+        reads = [True] * len(equation.invars)
+        if equation.primitive.name == "optimization_barrier":
+            reads = outputs  # which it passes on, one to one
+        elif equation.primitive.name == "cond":
+            branches = [_read(branch.jaxpr, outputs) for branch in equation.params["branches"]]
+            reads = [True, *map(any, zip(*branches))]
+        live.update(v for v, r in zip(equation.invars, reads) if r and isinstance(v, Var))
+    return [v in live for v in jaxpr.invars]
 
 
 def _run_backward(saved: Saved, dy: Any) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """Attention in blocks: which queries meet which keys, in loops that add up what each block gives."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -74,6 +75,15 @@ def plan(query: Sequence[int], keys: int, options: Options, cpu: bool) -> Plan:
     return Plan(part, tuple(groups))
 
 
+def run(fn: Callable[..., Any], options: Options, inputs: Inputs, *arrays: Any) -> Any:
+    """``fn(plan, options, inputs, *arrays)``, with the plan for the platform that the program is lowered for."""
+    given = inputs.query.shape, inputs.key.shape[1], options
+    cpu, other = (functools.partial(fn, plan(*given, on_cpu), options) for on_cpu in (True, False))
+    if cpu.args == other.args:
+        return cpu(inputs, *arrays)
+    return jax.lax.platform_dependent(inputs, *arrays, cpu=cpu, default=other)
+
+
 def over_blocks(plan: Plan, step: Callable[[Any, Block], Any], state: Any) -> Any:
     """``step(state, block)`` for every block of queries, those of one size in a loop."""
     for group in plan.groups:
@@ -101,7 +111,7 @@ def over_heads(
     results; results with the axes of logits are those of an argument that heads may share, and are summed."""
     b, k = arrays[0].shape[0], arrays[0].shape[2]
     if plan.part == (b, k):
-        return fn(*arrays)
+        return tuple(None if a is None else result.astype(a.dtype) for a, result in zip(like, fn(*arrays)))
 
     def step(state: Any, start: Any) -> Any:
         block = {"b": (start[0], plan.part[0]), "k": (start[1], plan.part[1])}

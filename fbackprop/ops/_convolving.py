@@ -12,6 +12,7 @@ Which form suits which shape:
 one group     one convolution of the compiler's for each map. dX: dy with s − 1 zeros between neighbours, convolved with the
               kernel turned around, c and f exchanged. dK: x convolved with dy as a kernel dilated by s, moved in strides of
               d; the batch is what is summed over.
+groups        elsewhere than on a CPU the compiler's ``feature_group_count`` and ``batch_group_count``. On a CPU
 depthwise     (one feature in and out a group) there is nothing to multiply matrices for: each map is a sum over taps of
               shifted products. y reads every s-th element of X; dK sums each tap's product over n and o, all taps in one
               pass over x and dy. dX gathers: write P = q s + r, 0 ≤ r < s. Tap t reaches the places of one r only,
@@ -20,16 +21,15 @@ depthwise     (one feature in and out a group) there is nothing to multiply matr
                   dX[q s + r] = Σ_{t: t d mod s = r} dy[q − ⌊t d / s⌋] K[t]
 
               is a sum for each r, and the s results are interleaved: no zeros between the neighbours of dy.
-groups        on a CPU, where the compiler's own forms run one group after another, feature by feature: the features are cut
+others        on a CPU, where the compiler's own forms run one group after another, feature by feature: the features are cut
               into parts of one or more groups, each a convolution of one group (a part of several groups has a kernel of
-              blocks, with zeros between them, and the blocks of its dK are cut out). Elsewhere the compiler's
-              ``feature_group_count`` and ``batch_group_count``.
+              blocks, with zeros between them, and the blocks of its dK are cut out).
 
 Half precision is summed in float32.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,12 +57,24 @@ class Geometry(NamedTuple):
 
 def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """x [n, *spatial, in], kernel [*taps, in / groups, out] -> y [n, *spatial', out]."""
-    if _is_depthwise(kernel, geometry):
-        padded, taps = _padded(wide(x), geometry), wide(kernel)
-        return _sum([v * _weights(taps, t) for t, v in _shifted(padded, kernel.shape[:-2], geometry)]).astype(x.dtype)
-    if parts := _parts(kernel, geometry):
-        g, kernels = geometry._replace(groups=1), _blocks(kernel, geometry.groups, parts)
-        return jnp.concatenate([convolve(a, k, g) for a, k in zip(jnp.split(x, parts, -1), kernels)], -1)
+    if geometry.groups == 1:
+        return _convolve(x, kernel, geometry)
+    cpu = _convolve_depthwise if _is_depthwise(kernel, geometry) else _convolve_parts
+    return _by_platform(cpu, _convolve, x, kernel, geometry)
+
+
+def _convolve_depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    padded, taps = _padded(wide(x), geometry), wide(kernel)
+    return _sum([v * _weights(taps, t) for t, v in _shifted(padded, kernel.shape[:-2], geometry)]).astype(x.dtype)
+
+
+def _convolve_parts(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    parts, g = _parts(kernel, geometry), geometry._replace(groups=1)
+    kernels = _blocks(kernel, geometry.groups, parts)
+    return jnp.concatenate([_convolve(a, k, g) for a, k in zip(jnp.split(x, parts, -1), kernels)], -1)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -78,24 +90,34 @@ def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 
 def input_cotangent(dy: jax.Array, kernel: jax.Array, sizes: Sequence[int], geometry: Geometry) -> jax.Array:
     """dy [n, *spatial', out], kernel [*taps, in / groups, out] -> dx [n, *sizes, in]."""
-    if _is_depthwise(kernel, geometry):
-        return _gather_depthwise(wide(dy), wide(kernel), sizes, geometry).astype(dy.dtype)
-    if parts := _parts(kernel, geometry):
-        g, kernels = geometry._replace(groups=1), _blocks(kernel, geometry.groups, parts)
-        return jnp.concatenate([input_cotangent(a, k, sizes, g) for a, k in zip(jnp.split(dy, parts, -1), kernels)], -1)
+    if geometry.groups == 1:
+        return _input_cotangent(dy, kernel, sizes, geometry)
+    cpu = _input_cotangent_depthwise if _is_depthwise(kernel, geometry) else _input_cotangent_parts
+    return _by_platform(cpu, _input_cotangent, dy, kernel, tuple(sizes), geometry)
+
+
+def _input_cotangent_parts(dy: jax.Array, kernel: jax.Array, sizes: Sequence[int], geometry: Geometry) -> jax.Array:
+    parts, g = _parts(kernel, geometry), geometry._replace(groups=1)
+    kernels = _blocks(kernel, geometry.groups, parts)
+    return jnp.concatenate([_input_cotangent(a, k, sizes, g) for a, k in zip(jnp.split(dy, parts, -1), kernels)], -1)
+
+
+def _input_cotangent(dy: jax.Array, kernel: jax.Array, sizes: Sequence[int], geometry: Geometry) -> jax.Array:
     # A position of X is met by all windows that reach it, so dy gets reach − 1 − a zeros in front. What the windows never
     # reach behind makes the output up to the size of X.
     spread, covered, reach = _extents(sizes, dy.shape[1:-1], kernel.shape[:-2], geometry)
     front = [r - 1 - a for r, (a, _) in zip(reach, geometry.pads)]
     behind = [n + r - 1 - c - f for n, r, c, f in zip(spread, reach, covered, front)]
+    # With c and f exchanged by name alone compilers see the backward of a convolution, for which cuDNN has an algorithm.
+    turned = jax.lax.rev(kernel, range(kernel.ndim - 2))
     return jax.lax.conv_general_dilated(
         dy,
-        _turned(kernel, geometry.groups),
+        turned if geometry.groups == 1 else _exchanged(turned, geometry.groups),
         geometry.input_dilation,
         list(zip(front, behind)),
         geometry.strides,
         geometry.kernel_dilation,
-        numbers("NSC", "SIO", "NSC", len(sizes)),
+        numbers("NSC", "SOI" if geometry.groups == 1 else "SIO", "NSC", len(sizes)),
         geometry.groups,
         precision=geometry.precision,
     )
@@ -103,19 +125,31 @@ def input_cotangent(dy: jax.Array, kernel: jax.Array, sizes: Sequence[int], geom
 
 def kernel_cotangent(x: jax.Array, dy: jax.Array, shape: Sequence[int], geometry: Geometry) -> jax.Array:
     """x [n, *spatial, in], dy [n, *spatial', out] -> dkernel of ``shape``, [*taps, in / groups, out]."""
-    kernel = jax.ShapeDtypeStruct(tuple(shape), x.dtype)
-    if _is_depthwise(kernel, geometry):
-        padded, cotangent = _padded(wide(x), geometry), wide(dy)
-        products = tuple(v * cotangent for _, v in _shifted(padded, shape[:-2], geometry))
-        # One reduction of several operands: the compiler reads x and dy once for all taps.
-        zeros = (np.zeros((), products[0].dtype),) * len(products)
-        within = jax.lax.reduce(products, zeros, lambda a, b: tuple(map(jax.lax.add, a, b)), tuple(range(1, dy.ndim - 1)))
-        return jnp.stack(within).sum(1).reshape(shape)
-    if parts := _parts(kernel, geometry):
-        g, each = geometry._replace(groups=1), geometry.groups // parts
-        whole = (*shape[:-2], shape[-2] * each, shape[-1] // parts)
-        dense = [kernel_cotangent(a, b, whole, g) for a, b in zip(jnp.split(x, parts, -1), jnp.split(dy, parts, -1))]
-        return jnp.concatenate([block for part in dense for block in _diagonal(part, each)], -1)
+    if geometry.groups == 1:
+        return _kernel_cotangent(x, dy, shape, geometry)
+    depthwise = _is_depthwise(jax.ShapeDtypeStruct(tuple(shape), x.dtype), geometry)
+    cpu = _kernel_cotangent_depthwise if depthwise else _kernel_cotangent_parts
+    return _by_platform(cpu, _kernel_cotangent, x, dy, tuple(shape), geometry)
+
+
+def _kernel_cotangent_depthwise(x: jax.Array, dy: jax.Array, shape: Sequence[int], geometry: Geometry) -> jax.Array:
+    padded, cotangent = _padded(wide(x), geometry), wide(dy)
+    products = tuple(v * cotangent for _, v in _shifted(padded, shape[:-2], geometry))
+    # One reduction of several operands: the compiler reads x and dy once for all taps.
+    zeros = (np.zeros((), products[0].dtype),) * len(products)
+    within = jax.lax.reduce(products, zeros, lambda a, b: tuple(map(jax.lax.add, a, b)), tuple(range(1, dy.ndim - 1)))
+    return jnp.stack(within).sum(1).reshape(shape).astype(x.dtype)
+
+
+def _kernel_cotangent_parts(x: jax.Array, dy: jax.Array, shape: Sequence[int], geometry: Geometry) -> jax.Array:
+    parts = _parts(jax.ShapeDtypeStruct(tuple(shape), x.dtype), geometry)
+    g, each = geometry._replace(groups=1), geometry.groups // parts
+    whole = (*shape[:-2], shape[-2] * each, shape[-1] // parts)
+    dense = [_kernel_cotangent(a, b, whole, g) for a, b in zip(jnp.split(x, parts, -1), jnp.split(dy, parts, -1))]
+    return jnp.concatenate([block for part in dense for block in _diagonal(part, each)], -1)
+
+
+def _kernel_cotangent(x: jax.Array, dy: jax.Array, shape: Sequence[int], geometry: Geometry) -> jax.Array:
     spread, covered, _ = _extents(x.shape[1:-1], dy.shape[1:-1], shape[:-2], geometry)
     # Tap t reads X from t d on. The padding behind is what lets the last tap end with the last window.
     ends = [(k - 1) * d + c for k, d, c in zip(shape[:-2], geometry.kernel_dilation, covered)]
@@ -146,9 +180,8 @@ def _extents(sizes: Sequence[int], out: Sequence[int], taps: Sequence[int], geom
     return spread, covered, [(k - 1) * d + 1 for k, d in zip(taps, geometry.kernel_dilation)]
 
 
-def _turned(kernel: jax.Array, groups: int) -> jax.Array:
-    """The kernel of dx: turned around in space, input and output features exchanged within each group."""
-    kernel = jnp.flip(kernel, tuple(range(kernel.ndim - 2)))
+def _exchanged(kernel: jax.Array, groups: int) -> jax.Array:
+    """Input and output features exchanged within each group."""
     *taps, cin, cout = kernel.shape
     grouped = kernel.reshape(*taps, cin, groups, cout // groups)
     return jnp.swapaxes(grouped, -1, -3).reshape(*taps, cout // groups, groups * cin)
@@ -186,8 +219,9 @@ def _sum(arrays: Sequence[jax.Array]) -> jax.Array:
     return total
 
 
-def _gather_depthwise(dy: jax.Array, kernel: jax.Array, sizes: Sequence[int], geometry: Geometry) -> jax.Array:
+def _input_cotangent_depthwise(dy: jax.Array, kernel: jax.Array, sizes: Sequence[int], geometry: Geometry) -> jax.Array:
     """dX[q s + r] = Σ dy[q − ⌊t d / s⌋] K[t] over the taps with t d mod s = r; then the padding is cut off."""
+    dtype, dy, kernel = dy.dtype, wide(dy), wide(kernel)
     taps, strides = kernel.shape[:-2], geometry.strides
     # Tiles of s places that hold all of x; dy is padded so that q − m is always there.
     tiles = [-(-(a + n) // s) for (a, _), n, s in zip(geometry.pads, sizes, strides)]
@@ -210,14 +244,19 @@ def _gather_depthwise(dy: jax.Array, kernel: jax.Array, sizes: Sequence[int], ge
         parts = [own[0] if s == 1 else jnp.stack(own, axis + 1).reshape(shape) for own in groups]
     start = [a for a, _ in geometry.pads]
     stop = [a + n for a, n in zip(start, sizes)]
-    return jax.lax.slice(parts[0], [0, *start, 0], [dy.shape[0], *stop, dy.shape[-1]])
+    return jax.lax.slice(parts[0], [0, *start, 0], [dy.shape[0], *stop, dy.shape[-1]]).astype(dtype)
+
+
+def _by_platform(cpu: Callable[..., jax.Array], default: Callable[..., jax.Array], a: Any, b: Any, *static: Any) -> jax.Array:
+    def form(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda a, b: fn(a, b, *static)
+
+    return jax.lax.platform_dependent(a, b, cpu=form(cpu), default=form(default))
 
 
 def _parts(kernel: Any, geometry: Geometry) -> int:
-    """Into how many convolutions of one group a grouped one is cut; 0 where the compiler's own form is used."""
+    """Into how many convolutions of one group a grouped one is cut."""
     groups, (cin, cout) = geometry.groups, kernel.shape[-2:]
-    if groups == 1 or jax.default_backend() != "cpu":
-        return 0
     narrow = min(cin, cout // groups)
     return next(
         p

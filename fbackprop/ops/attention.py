@@ -75,13 +75,8 @@ def _logits(inputs: Inputs, options: Options, block: Block) -> tuple[jax.Array, 
     return z if seen is None else jnp.where(seen, z, -jnp.inf), slope
 
 
-def _plan(inputs: Inputs, options: Options) -> blocks.Plan:
-    return blocks.plan(inputs.query.shape, inputs.key.shape[1], options, jax.default_backend() == "cpu")
-
-
-def _blocks_forward(inputs: Inputs, options: Options) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _blocks_forward(plan: blocks.Plan, options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The output [b, t, k, g, h], and m and l [b, k, t, g]."""
-    plan = _plan(inputs, options)
 
     def heads(*arrays: Any) -> Any:
         own = Inputs(*arrays)
@@ -108,10 +103,15 @@ def _blocks_forward(inputs: Inputs, options: Options) -> tuple[jax.Array, jax.Ar
 
 
 def _blocks_backward(
-    inputs: Inputs, options: Options, highest: jax.Array, total: jax.Array, dout: jax.Array, dlse: jax.Array | None
+    plan: blocks.Plan,
+    options: Options,
+    inputs: Inputs,
+    highest: jax.Array,
+    total: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array | None,
 ) -> Any:
     """dq, dk, dv and dbias, in the forms of the inputs."""
-    plan = _plan(inputs, options)
 
     def heads(*arrays: Any) -> Any:
         own, (highest, total, dout, dlse) = Inputs(*arrays[:-4]), arrays[-4:]
@@ -189,7 +189,7 @@ def _forward(
         return cudnn.forward(query, key, value, options, query_seq_lengths, key_value_seq_lengths)
 
     def flat(*arguments: Any) -> Any:
-        out, highest, total = _blocks_forward(form.inputs_of(*arguments), options)
+        out, highest, total = blocks.run(_blocks_forward, options, form.inputs_of(*arguments))
         return out.reshape(jnp.shape(query)), highest, total
 
     # On a mesh of explicit axes the compiler chooses inside, and the output lies as the query does.
@@ -231,7 +231,8 @@ def _backward(
     dout, dlse = dy if return_residual else (dy, None)
     if dlse is not None:
         dlse = dlse.reshape(b, t, k, g).swapaxes(1, 2)
-    dq, dk, dv, dbias = _blocks_backward(inputs, options, saved.highest, saved.total, dout.reshape(inputs.query.shape), dlse)
+    arrays = inputs, saved.highest, saved.total, dout.reshape(inputs.query.shape), dlse
+    dq, dk, dv, dbias = blocks.run(_blocks_backward, options, *arrays)
     if dbias is not None:
         dbias = dbias.swapaxes(2, 3).reshape(saved.bias.shape)
     return dq.reshape(saved.query.shape), dk.reshape(saved.key.shape), dv.reshape(saved.value.shape), dbias, *(None,) * 4
@@ -308,6 +309,7 @@ def dot_product_attention(
       local_window_size: query i sees the keys from i − left to i + right: (left, right), or one number for both.
       implementation: "xla" for this rule, "cudnn" for cuDNN's attention (16 bits, no bias, mask, segment_ids, soft_cap or
         return_residual; once differentiable), None for cuDNN's where there is one and it can, and for this rule elsewhere.
+        None looks at the device that JAX would run on now: a program that is lowered for others (``jax.export``) names one.
       return_residual: whether to return (output, lse): lse = log Σ exp(logits) for each query, [B, T, N], of the dtype of the
         query, −∞ where no key is seen. It has a gradient. (That of jax.nn has none.)
       segment_ids: [B, T] integers: a query sees the keys that have its number. Where T ≠ S a pair, [B, T] and [B, S].

@@ -29,6 +29,7 @@ from jax.typing import ArrayLike
 from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide, wide_type, with_bias
 from fbackprop.ops._matrices import outer_sum, product, product_transposed, row_sum
 from fbackprop.ops._normalizing import tied
+from fbackprop.ops._order import again, in_turn
 from fbackprop.rules import rule
 from fbackprop.samples import normal, sample
 
@@ -135,11 +136,13 @@ def _norm_dense_forward(
 
 def _norm_dense_backward(saved: _DenseSaved, dy: jax.Array, *, precision: Any) -> tuple[Any, ...]:
     x, kernel, scale, norm_bias, statistics = saved
-    n = _scaled(_normalized(x, statistics), scale, norm_bias).astype(jnp.result_type(x, kernel))
+    n = _scaled(_normalized(again(x, dy), statistics), scale, norm_bias).astype(jnp.result_type(x, kernel))
     dkernel = outer_sum(n, dy, precision)  # nᵀ dy
+    (dkernel, dbias), dy = in_turn((dkernel, row_sum(dy)), dy)
     dn = product_transposed(dy, kernel, precision)  # dy Wᵀ
-    dx, dscale, dnorm_bias = _norm_backward(x, statistics, scale, dn)
-    return dx, dkernel, row_sum(dy), dscale, dnorm_bias
+    dx, dscale, dnorm_bias = _norm_backward(again(x, dn), statistics, scale, dn)
+    (dscale, dnorm_bias), dx = in_turn((dscale, dnorm_bias), dx.astype(x.dtype))
+    return dx, dkernel, dbias, dscale, dnorm_bias
 
 
 def _row_bytes(x: Any, norm: str) -> int:

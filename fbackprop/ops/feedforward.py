@@ -32,6 +32,7 @@ from jax.typing import ArrayLike
 
 from fbackprop.ops._arithmetic import nbytes, require_float, shapes, wide, with_bias
 from fbackprop.ops._matrices import outer_sum, product, product_transposed, row_sum
+from fbackprop.ops._order import again, in_turn
 from fbackprop.rules import rule
 from fbackprop.samples import normal, sample
 
@@ -83,13 +84,14 @@ def _mlp_forward(
 
 def _mlp_backward(saved: _MlpSaved, dy: jax.Array, *, approximate: bool, precision: Any) -> tuple[Any, ...]:
     x, up, down, h = saved
-    value, slope = _gelu(wide(h), approximate)
+    a = _gelu(wide(again(h, dy)), approximate)[0].astype(h.dtype)
+    ddown = outer_sum(a, dy, precision)  # aᵀ dy
+    (ddown, ddown_bias), dy = in_turn((ddown, row_sum(dy)), dy)
     da = product_transposed(dy, down, precision)  # dy Dᵀ
-    ddown = outer_sum(value.astype(h.dtype), dy, precision)  # aᵀ dy
-    dh = (wide(da) * slope).astype(h.dtype)  # da φ'(h)
-    dx = product_transposed(dh, up, precision)
-    dup = outer_sum(x, dh, precision)
-    return dx, dup, ddown, row_sum(dh), row_sum(dy)
+    dh = (wide(da) * _gelu(wide(again(h, da)), approximate)[1]).astype(h.dtype)  # da φ'(h)
+    _, dh = in_turn((), dh)  # as it was rounded: a sum over it would otherwise want it kept in float32, too
+    (dup, dup_bias), dh = in_turn((outer_sum(x, dh, precision), row_sum(dh)), dh)
+    return product_transposed(dh, up, precision), dup, ddown, dup_bias, ddown_bias
 
 
 def _check(who: str, x: ArrayLike, down: ArrayLike, **entries: ArrayLike) -> None:
@@ -196,13 +198,15 @@ def _gated_forward(
 
 def _gated_backward(activation: Activation, saved: _GatedSaved, dy: jax.Array, precision: Any) -> tuple[Any, ...]:
     x, gate, up, down, g, u = saved
-    value, slope = activation(wide(g))
-    da = wide(product_transposed(dy, down, precision))  # dy Dᵀ
+    value, _ = activation(wide(again(g, dy)))
     ddown = outer_sum((value * wide(u)).astype(jnp.result_type(g, u)), dy, precision)  # aᵀ dy
+    ddown, dy = in_turn(ddown, dy)
+    da = wide(product_transposed(dy, down, precision))  # dy Dᵀ
+    value, slope = activation(wide(again(g, da)))
     dg = (da * wide(u) * slope).astype(g.dtype)
     du = (da * value).astype(u.dtype)
-    dx = product_transposed(dg, gate, precision) + product_transposed(du, up, precision)
-    return dx, outer_sum(x, dg, precision), outer_sum(x, du, precision), ddown
+    (dgate, dup), (dg, du) = in_turn((outer_sum(x, dg, precision), outer_sum(x, du, precision)), (dg, du))
+    return product_transposed(dg, gate, precision) + product_transposed(du, up, precision), dgate, dup, ddown
 
 
 def _gated_samples(*more: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from fbackprop.ops._arithmetic import nbytes, require_float, shapes, wide_type, with_bias
 from fbackprop.ops._matrices import outer_sum, product, product_transposed, row_sum
+from fbackprop.ops._order import in_turn, zeros
 from fbackprop.rules import Static, rule
 from fbackprop.samples import labels, normal, sample
 
@@ -57,9 +58,10 @@ def _forward(
 def _backward(saved: _DenseSaved, dy: jax.Array, *, precision: Any) -> tuple[Any, ...]:
     x, kernel = saved
     g = dy.astype(jnp.result_type(x, kernel))
-    dx = product_transposed(g, kernel, precision)  # dy Wᵀ
     dkernel = outer_sum(x, g, precision)  # xᵀ dy
     dbias = row_sum(dy)  # Σ dy
+    (dkernel, dbias), g = in_turn((dkernel, dbias), g)
+    dx = product_transposed(g, kernel, precision)  # dy Wᵀ
     return dx, dkernel, dbias
 
 
@@ -125,7 +127,7 @@ def _embed_forward(embedding: ArrayLike, indices: ArrayLike) -> tuple[jax.Array,
 
 
 def _embed_backward(saved: _EmbedSaved, dy: jax.Array) -> tuple[Any, ...]:
-    table = jnp.zeros(saved.table_shape.value, wide_type(dy))
+    table = zeros(saved.table_shape.value, wide_type(dy), dy)
     # Each row of dy is added where its token stands; rows of tokens that are not in the table are dropped.
     return table.at[saved.indices].add(dy.astype(table.dtype), mode="drop"), None
 
