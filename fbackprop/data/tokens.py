@@ -22,7 +22,7 @@ TOKENS = (".bin", ".npy")
 """And of one of tokens."""
 
 _BLOCK = 1 << 22
-_NO_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"}
+_NO_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 
 
 class Windows:
@@ -63,7 +63,8 @@ class TokenData(NamedTuple):
 
 
 def standard_library(length: int) -> TokenData:
-    """The source of Python's standard library on this machine, without its tests, as bytes; each tenth file is held out."""
+    """The source of Python's standard library on this machine, without tests and tables of characters, as bytes; each tenth
+    file is held out."""
     root = pathlib.Path(os.__file__).parent
     paths = [p for p in sorted(root.rglob("*.py")) if not _NO_SOURCE & set(p.relative_to(root).parts)]
     parts = [np.fromfile(path, np.uint8) for path in paths if path.is_file()]

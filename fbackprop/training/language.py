@@ -15,11 +15,11 @@ from fbackprop.training.tasks import Preset, Task
 
 __all__ = ["LANGUAGE_PRESETS", "from_recipe", "is_language_file", "language_preset", "text_of", "tokens_of"]
 
-_LENGTH = 128  # of a window
+_LENGTH = 256  # of a window
 _GPT: dict[str, Any] = {"layers": 4, "width": 256, "heads": 4, "length": _LENGTH, "modern": True}
 _LSTM: dict[str, Any] = {"width": 384, "layers": 1}
 _HELD_OUT = 128  # windows that the held-out loss is measured on
-_PROMPTS = ("def ", "class ", "import ")
+_PROMPTS, _SAMPLE = ("def ", "class ", "import "), 400  # what samples begin with, and the bytes after it
 
 
 def from_recipe(recipe: Any) -> Any:
@@ -80,9 +80,9 @@ def _task(source: data.TokenData, kind: str, options: dict[str, Any], seed: int)
 
 
 def _sample(model: Any, params: Any, prompt: str, seed: int) -> str:
-    """The prompt and 400 bytes after it."""
+    """The prompt, and what the model continues it with."""
     start = tokens_of(prompt)
-    return text_of([*start, *models.generate(model, params, start, 400, seed=seed, temperature=0.7, top_k=40)])
+    return text_of([*start, *models.generate(model, params, start, _SAMPLE, seed=seed, temperature=0.6, top_k=40)])
 
 
 def _rate(lr: float, per_epoch: int) -> Callable[[Any], Any]:
@@ -96,7 +96,7 @@ def _preset(
     def task(seed: int) -> Task:
         return _task(read(_LENGTH), kind, options, seed)
 
-    return Preset(name, summary, task, "adamw", lr, 16, steps=300, schedule=_rate)
+    return Preset(name, summary, task, "adamw", lr, 12, steps=300, schedule=_rate)
 
 
 def language_preset(path: str) -> Preset:
