@@ -1,4 +1,4 @@
-"""Models: layers made of layers, short, and the way in for weights from Flax."""
+"""Models: layers made of layers and ops, short; sizes by name, generation, and the ways in for weights from elsewhere."""
 
 from fbackprop.models.convolutional import cnn as cnn
 from fbackprop.models.generation import generate as generate
@@ -13,3 +13,5 @@ from fbackprop.models.recurrent import lstm_lm as lstm_lm
 from fbackprop.models.residual import resnet as resnet
 from fbackprop.models.transformer import stack_blocks as stack_blocks
 from fbackprop.models.transformer import unstack_blocks as unstack_blocks
+from fbackprop.models.vision import ViT as ViT
+from fbackprop.models.vision import vit as vit

@@ -6,6 +6,7 @@ from typing import Any
 from fbackprop.layers import Layer
 from fbackprop.models.gpt import gpt
 from fbackprop.models.residual import resnet
+from fbackprop.models.vision import vit
 
 __all__ = ["SIZES", "named"]
 
@@ -32,6 +33,9 @@ SIZES: dict[str, tuple[Callable[..., Layer], dict[str, Any]]] = {
     "resnet152": (resnet, {"depths": (3, 8, 36, 3), "bottleneck": True}),
     "resnet20-cifar": (resnet, {"depths": (3, 3, 3), "features": (16, 32, 64), "classes": 10, "stem": "cifar"}),
     "resnet18-cifar": (resnet, {"depths": (2, 2, 2, 2), "classes": 10, "stem": "cifar"}),
+    "vit-s16": (vit, {"width": 384, "heads": 6}),
+    "vit-b16": (vit, {}),
+    "vit-l16": (vit, {"layers": 24, "width": 1024, "heads": 16}),
 }  # fmt: skip
 """What ``named`` knows: the function that makes the model, and its options."""
 

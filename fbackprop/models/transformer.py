@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from fbackprop import ops
+from fbackprop.context import uses_references
 from fbackprop.layers.base import Params
 from fbackprop.layers.linear import require_positive
 from fbackprop.models.composed import Composed
@@ -168,8 +169,11 @@ class Transformer(Composed):
             return s + self._mlp(p, y)
 
         # The results of matrix products are kept where a backward reads them; sums, norms and casts to ``dtype``, which are
-        # elementwise, are computed again.
-        lean = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=not self.scan)
+        # elementwise, are computed again. (Without rules a block is as JAX differentiates it.)
+        def lean(fn: Any) -> Any:
+            policy = jax.checkpoint_policies.dots_saveable
+            return fn if uses_references() else jax.checkpoint(fn, policy=policy, prevent_cse=not self.scan)
+
         qkv = lean(before)(x, p)
         heads = qkv.reshape(*qkv.shape[:-1], -1, self._head_width)
         attended, entry = attend(*jnp.split(heads, [self.heads, self.heads + self._key_heads], -2))
