@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from fbackprop.cli_aot import bench_aot
 from fbackprop.options import FLOATS, array, dtype, file, one_of, picture, positive, several, static, whole
 
 __all__ = ["bench"]
@@ -140,7 +141,7 @@ def _run_bench_scaling(arguments: argparse.Namespace) -> int:
     return bench_scaling(arguments)
 
 
-BENCHES: tuple[Callable[[Any], None], ...] = (_bench_ops, _bench_scaling)
+BENCHES: tuple[Callable[[Any], None], ...] = (_bench_ops, _bench_scaling, bench_aot)
 """What ``bench`` measures; as SUBCOMMANDS."""
 
 

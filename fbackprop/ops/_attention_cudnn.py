@@ -6,6 +6,7 @@ masked out whole is then the mean of the values, and a bias gets no gradient whe
 passes no gradient on.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.typing import ArrayLike
 
 from fbackprop.ops._attention import Options
 
-__all__ = ["CudnnSaved", "backward", "forward", "present", "refusal"]
+__all__ = ["CudnnSaved", "attention", "backward", "forward", "present", "refusal"]
 
 
 def present(device: Any) -> bool:
@@ -79,25 +80,41 @@ def _seen(lengths: jax.Array | None, other: jax.Array | None, array: Any) -> Any
     return jnp.where(some if array.ndim == 4 else some[0], array, 0)
 
 
-def forward(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, options: Options, query_seq_lengths: Any, key_value_seq_lengths: Any
-) -> tuple[jax.Array, CudnnSaved]:
-    lengths = [None if n is None else jnp.asarray(n, jnp.int32) for n in (query_seq_lengths, key_value_seq_lengths)]
-
-    def attention(query: ArrayLike, key: ArrayLike, value: ArrayLike) -> jax.Array:
+def _attention(query: Any, key: Any, value: Any, options: Options, lengths: Sequence[jax.Array | None]) -> jax.Array:
+    try:
         return jax.nn.dot_product_attention(
             query, key, value, scale=options.scale, is_causal=options.right == 0, query_seq_lengths=lengths[0],
             key_value_seq_lengths=lengths[1], implementation=IMPLEMENTATION,
             local_window_size=None if options.left is None else (options.left, 0),
         )  # fmt: skip
-
-    try:
-        out, pullback = jax.vjp(attention, *map(jnp.asarray, (query, key, value)))
     except RuntimeError as error:
         raise RuntimeError(
             f"dot_product_attention: implementation='cudnn' needs an NVIDIA GPU and cuDNN ({error}) Leave implementation out."
         ) from error
-    return _seen(lengths[0], lengths[1], out), CudnnSaved(pullback, lengths[0], lengths[1])
+
+
+def _whole(queries: Any, keys: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    return tuple(None if n is None else jnp.asarray(n, jnp.int32) for n in (queries, keys))  # type: ignore[return-value]
+
+
+def attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, options: Options, query_seq_lengths: Any, key_value_seq_lengths: Any
+) -> jax.Array:
+    """cuDNN's attention with the gradient that JAX gives it."""
+    lengths = _whole(query_seq_lengths, key_value_seq_lengths)
+    return _seen(*lengths, _attention(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), options, lengths))
+
+
+def forward(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, options: Options, query_seq_lengths: Any, key_value_seq_lengths: Any
+) -> tuple[jax.Array, CudnnSaved]:
+    lengths = _whole(query_seq_lengths, key_value_seq_lengths)
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return _attention(query, key, value, options, lengths)
+
+    out, pullback = jax.vjp(run, jnp.asarray(query), jnp.asarray(key), jnp.asarray(value))
+    return _seen(*lengths, out), CudnnSaved(pullback, *lengths)
 
 
 def backward(saved: CudnnSaved, dout: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -328,6 +328,8 @@ def dot_product_attention(
     arguments = query, key, value, bias, mask, *lengths, segment_ids
     if implementation == "cudnn" and (why := cudnn.refusal(*arguments, options=options, return_residual=return_residual)):
         raise ValueError(f"dot_product_attention: cuDNN's attention {why}. Leave implementation out.")
+    if implementation == "cudnn":  # asked for, it is the function to differentiate
+        return cudnn.attention(query, key, value, options, *lengths)
     x = form.inputs_of(*arguments)
     z = jnp.einsum("btkgh,bskh->bktgs", options.scale * wide(x.query), wide(x.key))
     if soft_cap is not None:
