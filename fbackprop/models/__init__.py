@@ -8,6 +8,7 @@ from fbackprop.models.interchange import from_flax as from_flax
 from fbackprop.models.named import SIZES as SIZES
 from fbackprop.models.named import named as named
 from fbackprop.models.perceptron import mlp as mlp
+from fbackprop.models.pretrained import from_huggingface as from_huggingface
 from fbackprop.models.recurrent import LstmLM as LstmLM
 from fbackprop.models.recurrent import lstm_lm as lstm_lm
 from fbackprop.models.residual import resnet as resnet

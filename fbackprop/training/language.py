@@ -15,8 +15,8 @@ from fbackprop.training.tasks import Preset, Task
 
 __all__ = ["LANGUAGE_PRESETS", "from_recipe", "is_language_file", "language_preset", "text_of", "tokens_of"]
 
-_LENGTH = 256  # of a window
-_GPT: dict[str, Any] = {"layers": 4, "width": 256, "heads": 4, "length": _LENGTH, "modern": True}
+_LENGTH = 128  # of a window
+_GPT: dict[str, Any] = {"layers": 2, "width": 256, "heads": 4, "length": _LENGTH, "modern": True}
 _LSTM: dict[str, Any] = {"width": 384, "layers": 1}
 _HELD_OUT = 128  # windows that the held-out loss is measured on
 _PROMPTS, _SAMPLE = ("def ", "class ", "import "), 400  # what samples begin with, and the bytes after it
@@ -96,13 +96,13 @@ def _preset(
     def task(seed: int) -> Task:
         return _task(read(_LENGTH), kind, options, seed)
 
-    return Preset(name, summary, task, "adamw", lr, 12, steps=300, schedule=_rate)
+    return Preset(name, summary, task, "adamw", lr, 32, steps=300, schedule=_rate)
 
 
 def language_preset(path: str) -> Preset:
     """A preset for the user's own file of text or tokens."""
     read = functools.partial(data.load_tokens, path)
-    return _preset(pathlib.Path(path).stem, f"the file {path}", read, "gpt", _GPT, 3e-3)
+    return _preset(pathlib.Path(path).stem, f"the file {path}", read, "gpt", _GPT, 4e-3)
 
 
 def is_language_file(path: pathlib.Path) -> bool:
@@ -111,6 +111,6 @@ def is_language_file(path: pathlib.Path) -> bool:
 
 LANGUAGE_PRESETS = (
     _preset("stdlib-gpt", "a GPT (RoPE, RMS norm, SwiGLU) on the bytes of the standard library's own source; writes code",
-            data.standard_library, "gpt", _GPT, 3e-3),
+            data.standard_library, "gpt", _GPT, 4e-3),
     _preset("stdlib-lstm", "an LSTM on the same bytes", data.standard_library, "lstm_lm", _LSTM, 5e-3),
 )  # fmt: skip
