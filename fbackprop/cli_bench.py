@@ -67,6 +67,39 @@ exit codes: 0 done; 2 refused, with one sentence that says why; 130 interrupted:
 """
 
 
+_BENCH_MODELS = """\
+Measures steps of training (loss, gradient, plain SGD) of whole models, from the same weights and in turns, on the device that
+JAX finds. Before the clock starts the losses of the first steps are compared: who computes something else is refused.
+
+models:
+  cnn      conv 32, pool, conv 64, pool, dense 128, dense 10; 128 images of 28×28
+  gpt      GPT-2's form: 4 layers, width 256, 8 heads, 8 sequences of 256 tokens
+  lstm     one layer of width 256, 32 sequences of 128 tokens
+  resnet   ResNet-20 for CIFAR, 32 images of 32×32
+
+ours          the model of this library
+accelerated   fbackprop.accelerate of Flax's model
+
+against, each where it is installed:
+  flax, equinox                     under jax.grad
+  flax checkpoint, …                the same with jax.checkpoint around each block (cnn, lstm: around the model), without a
+                                    policy, with dots_saveable and with dots_with_no_batch_dims_saveable
+  torch, torch.compile              PyTorch on the CPU
+"""
+
+_BENCH_MODELS_END = """\
+A ratio is a rival's time over ours (above 1: ours is faster), the median over the turns, with its 95 % interval; compile times
+are of one compilation each.
+
+examples:
+  fbackprop bench models
+  fbackprop bench models cnn gpt --json models.json --plot models.png
+  fbackprop bench models gpt --against "flax,flax dots_saveable,torch"
+
+exit codes: 0 done; 2 refused, with one sentence that says why; 130 interrupted: --json holds what was measured until then.
+"""
+
+
 def bench(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure time, memory and error against jax.grad and other libraries")
     inner = parser.add_subparsers(dest="bench", metavar="WHAT", required=True, parser_class=type(parser))
@@ -117,6 +150,18 @@ def _bench_scaling(subparsers: Any) -> None:
     parser.set_defaults(run=_run_bench_scaling)
 
 
+def _bench_models(subparsers: Any) -> None:
+    parser = subparsers.add_parser("models", help="steps of training against Flax, Equinox and PyTorch")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = _BENCH_MODELS, _BENCH_MODELS_END
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAMES", type=_model, help="cnn, gpt, lstm, resnet (default: all)")
+    add("--against", type=several("rival", _sides), default=None, metavar="A,B", help="only these rivals (default: all)")
+    _add_effort(add, "model", 20.0)
+    _add_files(add)
+    parser.set_defaults(run=_run_bench_models)
+
+
 def _add_effort(add: Callable[..., Any], what: str, seconds: float) -> None:
     add("--rounds", type=whole(1), metavar="N", help="so many turns (default: as many as fit the time, within limits)")
     add("--seconds", type=positive, default=seconds, metavar="S", help=f"time for the turns of a {what} (default: {seconds:g})")
@@ -135,13 +180,19 @@ def _run_bench_ops(arguments: argparse.Namespace) -> int:
     return bench_ops(arguments)
 
 
+def _run_bench_models(arguments: argparse.Namespace) -> int:
+    from fbackprop.measuring.command import bench_models
+
+    return bench_models(arguments)
+
+
 def _run_bench_scaling(arguments: argparse.Namespace) -> int:
     from fbackprop.measuring.command import bench_scaling
 
     return bench_scaling(arguments)
 
 
-BENCHES: tuple[Callable[[Any], None], ...] = (_bench_ops, _bench_scaling, bench_aot)
+BENCHES: tuple[Callable[[Any], None], ...] = (_bench_ops, _bench_models, _bench_scaling, bench_aot)
 """What ``bench`` measures; as SUBCOMMANDS."""
 
 
@@ -155,6 +206,18 @@ def _settings() -> tuple[str, ...]:
     from fbackprop.measuring.programs import SETTINGS
 
     return SETTINGS
+
+
+def _sides() -> tuple[str, ...]:
+    from fbackprop.measuring.steps import AGAINST
+
+    return AGAINST
+
+
+def _model(text: str) -> str:
+    from fbackprop.measuring.twins import MODELS
+
+    return one_of("model", text, MODELS)
 
 
 def _sweep(text: str) -> str:

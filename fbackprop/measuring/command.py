@@ -25,7 +25,7 @@ from fbackprop.measuring.rows import Plan, measure
 from fbackprop.rules import RULES, Rule
 from fbackprop.samples import arrays
 
-__all__ = ["BenchError", "bench_ops", "bench_scaling", "fixed_ops"]
+__all__ = ["BenchError", "bench_models", "bench_ops", "bench_scaling", "fixed_ops"]
 
 
 class BenchError(Refusal):
@@ -193,6 +193,41 @@ def bench_scaling(options: argparse.Namespace) -> int:
     return 0
 
 
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+def bench_models(options: argparse.Namespace) -> int:
+    """Runs ``bench models``: each model with every side that is installed."""
+    from fbackprop.measuring import steps
+    from fbackprop.measuring.twins import MODELS
+
+    names = options.names or list(MODELS)
+    plan = steps.Plan(tuple(options.against or steps.AGAINST), options.rounds, options.seconds)
+    out = _console(sys.stdout)
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, None] = {}
+    with _progress("measuring", len(names)) as advance:
+        for name in names:
+            advance(name, 0)
+            measured = steps.measure(MODELS[name], plan, notes)
+            rows += measured
+            if options.json is not None:
+                write_json(options.json, {"device": device(), "versions": versions(), "rows": rows})
+            if measured:
+                out.print(steps.table(measured), "")
+            advance(name, 1)
+            jax.clear_caches()
+    if not rows:
+        raise BenchError(f"nothing was measured: {'; '.join(notes) or 'no rival of those asked for is there'}.")
+    for note in notes:
+        out.print(f"left out: {note}", style="dim", markup=False, highlight=False)
+    if options.plot is not None:
+        from fbackprop.measuring.pictures import draw_models
+
+        draw_models(rows, options.plot, device())
+    return 0
+
+
 # --------------------------------------------------------------------------------------------------------------- common
 
 
@@ -211,7 +246,7 @@ def _cores() -> int:
 def versions() -> dict[str, str]:
     """The versions of what takes part, where it is installed."""
     found = {"python": platform.python_version()}
-    for name in ("fbackprop", "jax", "jaxlib", "optax", "flax", "jax-cce", "tokamax", "torch"):
+    for name in ("fbackprop", "jax", "jaxlib", "optax", "flax", "equinox", "jax-cce", "tokamax", "torch"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -10,7 +10,7 @@ from fbackprop.measuring.programs import SETTINGS
 from fbackprop.measuring.report import Row, opponents, score
 from fbackprop.measuring.times import geometric_mean
 
-__all__ = ["draw_ops", "draw_scaling"]
+__all__ = ["draw_models", "draw_ops", "draw_scaling"]
 
 _COLORS = {"fused": BLUE, "stored": ORANGE}
 
@@ -48,6 +48,33 @@ def draw_ops(rows: Sequence[Row], path: pathlib.Path, device: str) -> None:
             axis.legend(frameon=False, loc="lower right", fontsize=9, ncols=2, bbox_to_anchor=(1.0, 1.0), borderaxespad=1.6)
         speed.set_yticks(range(len(labels)), labels)
         speed.set_ylim(len(labels) - 0.4, -0.6)
+
+
+def draw_models(rows: Sequence[Row], path: pathlib.Path, device: str) -> None:
+    """Bars for each model and rival: how many times faster ours and the accelerated one are."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    counts = [len({row["against"] for row in rows if row["model"] == model}) for model in models]
+    with picture(path, 9.5, 1.2 + 0.34 * sum(counts) + 0.35 * len(models), f"steps of training ({device})") as figure:
+        axes = figure.subplots(len(models), 1, squeeze=False, height_ratios=counts, sharex=True)[:, 0]
+        for model, axis in zip(models, axes):
+            own = [row for row in rows if row["model"] == model]
+            names = list(dict.fromkeys(row["against"] for row in own))
+            for variant, color, offset in (("ours", GREEN, -0.19), ("accelerated", BLUE, 0.19)):
+                found = {row["against"]: row["time_ratio"] for row in own if row["variant"] == variant}
+                if found:
+                    _bars(axis, [found.get(name, math.nan) for name in names], offset, color, variant)
+            plain(axis, f"{model}: times faster than")
+            axis.set_xscale("log")
+            axis.axvline(1, color=INK, linewidth=0.9)
+            axis.set_yticks(range(len(names)), names)
+            axis.set_ylim(len(names) - 0.4, -0.6)
+        low, high = axes[0].get_xlim()
+        for axis in axes:
+            axis.set_xlim(min(low, 0.6), max(high, 1.5) * 1.2)
+            axis.xaxis.set_major_locator(_ticks(*axis.get_xlim()))
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.minorticks_off()
+        axes[0].legend(frameon=False, loc="lower right", fontsize=9, ncols=2, bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 
 
 def _bars(axis: Any, values: Sequence[float], offset: float, color: str, label: str) -> None:
