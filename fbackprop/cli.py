@@ -22,6 +22,9 @@ presets:
   FILE.npz, FILE.csv  your own examples: in .npz the arrays x [N, features], [N, H, W] or [N, H, W, C] and
                       y [N], integers from 0; in CSV numbers, the label last, with or without a line of names.
                       A fifth is held out. Flat examples train a perceptron, images a convolutional network.
+  images.idx, …-images-idx3-ubyte
+                      images in the format of MNIST, their labels beside them in …-labels-idx1-ubyte, .gz or not; with
+                      t10k-… beside train-… these are held out. Files that are not .gz are mapped into memory.
   FILE.txt, .md, .py  your own text, as bytes, for the GPT of stdlib-gpt; the last tenth is held out.
   FILE.bin, .npy      your own tokens for it: in .bin integers of 16 bits (of 32 in *.uint32.bin), in .npy integers [N].
                       Text and tokens are mapped into memory, not read.

@@ -1,5 +1,6 @@
 """The data sets: splits, scaling, and one sentence for everything that cannot be trained on."""
 
+import gzip
 import io
 
 import numpy as np
@@ -171,3 +172,89 @@ def test_other_examples_have_another_fingerprint():
     one, two = (data.classification("data", X + shift, Y).fingerprint for shift in (0, 1e-9))
     assert one != two
     assert one == data.classification("other name", X, Y).fingerprint
+
+
+# IDX
+
+
+def idx(array, kind=8) -> bytes:
+    return bytes([0, 0, kind, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+PIXELS = np.random.default_rng(1).integers(0, 256, (20, 4, 3), np.uint8)
+LABELS = (np.arange(20) % 3).astype(np.uint8)
+
+
+@pytest.mark.parametrize("names", [("a-images-idx3-ubyte", "a-labels-idx1-ubyte"), ("images.idx.gz", "labels.idx.gz")])
+def test_idx(tmp_path, names):
+    for name, array in zip(names, (PIXELS, LABELS)):
+        content = idx(array)
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert data.is_idx(names[0])
+    source = data.load_idx(tmp_path / names[0])
+    train, test = data.held_out_fifth(LABELS)
+    assert source.images
+    assert source.x.shape == (16, 4, 3, 1)
+    assert source.classes == 3
+    np.testing.assert_allclose(source.x[np.array([3, 1])], PIXELS[train][[3, 1], ..., None] / 255.0, rtol=1e-6)
+    np.testing.assert_allclose(source.test_x[:2], PIXELS[test][:2, ..., None] / 255.0, rtol=1e-6)
+    assert source.x[:1].dtype == np.float32
+    np.testing.assert_array_equal(source.test_y, LABELS[test])
+    mapped = source.x.pixels
+    while isinstance(mapped, np.ndarray) and not isinstance(mapped, np.memmap):
+        mapped = mapped.base
+    assert isinstance(mapped, np.memmap) == (not names[0].endswith("gz"))
+    (tmp_path / names[0]).write_bytes((gzip.compress if names[0].endswith("gz") else bytes)(idx(PIXELS ^ 1)))
+    assert data.load_idx(tmp_path / names[0]).fingerprint != source.fingerprint
+
+
+def test_idx_with_images_that_are_held_out(tmp_path):
+    for part, count in (("train", 20), ("t10k", 6)):
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(PIXELS[:count]))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(LABELS[:count]))
+    source = data.load_idx(tmp_path / "train-images-idx3-ubyte")
+    assert (len(source.x), len(source.test_x), source.classes) == (20, 6, 3)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(LABELS[:6] + np.uint8(3)))
+    with pytest.raises(DataError, match="the labels held out go up to 5; expected the 3 classes"):
+        data.load_idx(tmp_path / "train-images-idx3-ubyte")
+
+
+def test_idx_of_other_types_is_scaled(tmp_path):
+    (tmp_path / "images.idx").write_bytes(idx(PIXELS.astype(">f4"), 13))
+    (tmp_path / "labels.idx").write_bytes(idx(LABELS.astype(">i4"), 12))
+    source = data.load_idx(tmp_path / "images.idx")
+    assert abs(source.x.mean()) < 1e-5
+    assert source.classes == 3
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "says"),
+    [
+        (b"", idx(LABELS), "this is not an IDX file; it begins with nothing"),
+        (b"PK\3\4....", idx(LABELS), "it begins with 50 4b 03 04"),
+        (idx(PIXELS)[:-1], idx(LABELS), "there are 255 bytes; expected 256, for an array uint8 (20, 4, 3)"),
+        (idx(PIXELS[0]), idx(LABELS), "the images have shape (4, 3)"),
+        (idx(PIXELS), idx(LABELS[:7]), "the labels have shape (7,); expected (20,)"),
+        (idx(PIXELS), idx(LABELS.astype(">f4"), 13), "the labels are >f4; expected integers"),
+        (idx(PIXELS), idx(LABELS * 0), "every label is 0"),
+        (idx(PIXELS), None, "labels.idx: there is no such file"),
+    ],
+)
+def test_a_malformed_idx_gets_one_sentence(tmp_path, images, labels, says):
+    (tmp_path / "images.idx").write_bytes(images)
+    if labels is not None:
+        (tmp_path / "labels.idx").write_bytes(labels)
+    with pytest.raises(DataError) as caught:
+        data.load_idx(tmp_path / "images.idx")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_idx_that_is_not_whole_or_has_another_name(tmp_path):
+    (tmp_path / "images.idx.gz").write_bytes(gzip.compress(idx(PIXELS))[:-9])
+    with pytest.raises(DataError, match="not compressed by gzip, or not whole"):
+        data.load_idx(tmp_path / "images.idx.gz")
+    with pytest.raises(DataError, match="the name has no 'images' in it"):
+        data.load_idx(tmp_path / "train.idx")
+    assert not data.is_idx("index.csv")
+    assert data.is_idx("train-images-idx3-ubyte.gz")

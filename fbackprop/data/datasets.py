@@ -19,9 +19,9 @@ class Dataset(NamedTuple):
     """Training and held-out examples: ``x`` [N, features] or [N, H, W, C] in float32, ``y`` [N] integers in [0, classes)."""
 
     name: str
-    x: np.ndarray
+    x: Any  # arrays, or images that are read when they are asked for
     y: np.ndarray
-    test_x: np.ndarray
+    test_x: Any
     test_y: np.ndarray
     classes: int
     fingerprint: str  # of the examples as they came: a resumed run must find the same ones
@@ -54,7 +54,7 @@ def classification(name: str, x: Any, y: Any, *, scale: float | None = None) -> 
     if not np.isfinite(x).all():
         where = tuple(map(int, np.argwhere(~np.isfinite(x))[0]))
         raise DataError(f"{name}: x holds {x[where]} at {list(where)}; expected finite numbers.")
-    labels = _labels(name, y)
+    labels = checked_labels(name, y)
     digest = hashlib.sha256(repr((x.shape, x.dtype.str)).encode())
     digest.update(x.tobytes())
     digest.update(labels.tobytes())
@@ -77,7 +77,8 @@ def classification(name: str, x: Any, y: Any, *, scale: float | None = None) -> 
     return Dataset(name, inputs[train], labels[train], inputs[test], labels[test], classes, digest.hexdigest()[:16])
 
 
-def _labels(name: str, y: np.ndarray) -> np.ndarray:
+def checked_labels(name: str, y: np.ndarray) -> np.ndarray:
+    """Labels as int32, refused where they are not integers from 0 of at least two classes."""
     if len(y) < 5:
         raise DataError(f"{name}: there are {len(y)} examples; expected at least 5, a fifth of which is held out.")
     if not np.isfinite(y).all() or (y != np.floor(y)).any():

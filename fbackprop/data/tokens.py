@@ -4,16 +4,16 @@ A file is mapped into memory, not read: of a window only its own pages are, when
 which there are 256.
 """
 
-import hashlib
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fbackprop.data.datasets import DataError
+from fbackprop.data.lazy import Windows, page_digest
 
-__all__ = ["TEXT", "TOKENS", "TokenData", "Windows", "load_tokens", "standard_library"]
+__all__ = ["TEXT", "TOKENS", "TokenData", "load_tokens", "standard_library"]
 
 TEXT = (".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".js", ".log")
 """What the name of a file of text ends in."""
@@ -22,33 +22,17 @@ TOKENS = (".bin", ".npy")
 """And of one of tokens."""
 
 _BLOCK = 1 << 22
-_NO_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
-
-
-class Windows:
-    """A sequence of tokens as windows of ``length`` and the token after: window i is tokens[i · length : (i + 1) · length + 1].
-
-    It stands where an array [windows, length + 1] of int32 would; rows are read when they are asked for.
-    """
-
-    dtype = np.dtype(np.int32)
-    ndim = 2
-
-    def __init__(self, tokens: np.ndarray, length: int):
-        self.tokens, self.length = tokens, length
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return max(0, len(self.tokens) - 1) // self.length, self.length + 1
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, chosen: Any) -> np.ndarray:
-        """The windows of these indices, [..., length + 1]."""
-        index = np.arange(len(self))[chosen]
-        rows = [self.tokens[i * self.length : (i + 1) * self.length + 1] for i in np.ravel(index)]
-        return np.reshape(rows, (*np.shape(index), self.length + 1)).astype(np.int32)
+_NO_SOURCE = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+}
 
 
 class TokenData(NamedTuple):
@@ -138,13 +122,4 @@ def _checked(
     unit = "bytes" if text else "tokens"
     if len(train) <= length or len(test) <= length:
         raise DataError(f"{name}: there are {len(whole)} {unit}; expected at least {2 * length + 2}, two windows of {length}.")
-    return TokenData(name, Windows(train, length), Windows(test, length), vocabulary, text, _fingerprint(whole))
-
-
-def _fingerprint(tokens: np.ndarray) -> str:
-    """Of the number of tokens and of pages of them all over the file; not of every one, as there may be billions."""
-    digest = hashlib.sha256(repr((len(tokens), tokens.dtype.str)).encode())
-    pages = np.unique(np.linspace(0, max(0, len(tokens) - 4096), 256).astype(int))
-    for start in pages:
-        digest.update(np.ascontiguousarray(tokens[start : start + 4096]).tobytes())
-    return digest.hexdigest()[:16]
+    return TokenData(name, Windows(train, length), Windows(test, length), vocabulary, text, page_digest(whole))

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fbackprop.data import Windows
+from fbackprop.data import Lazy
 
 __all__ = ["Batches"]
 
@@ -14,7 +14,7 @@ class Batches:
     """``batches(k)`` is the batch of step k, whatever came before: the order of the examples follows from (seed, epoch)."""
 
     def __init__(self, data: Any, examples: int, batch_size: int, seed: int, shuffle: bool):
-        self._data = jax.tree.map(lambda leaf: leaf if isinstance(leaf, Windows) else np.asarray(leaf), data)
+        self._data = jax.tree.map(lambda leaf: leaf if isinstance(leaf, Lazy) else np.asarray(leaf), data)
         self._examples, self._size = examples, batch_size
         self._seed, self._shuffle = seed, shuffle
         self.per_epoch = examples // batch_size

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbackprop.data import Windows
+from fbackprop.data import Lazy
 from fbackprop.files import read_json, write_atomically, write_json
 from fbackprop.training.batches import Batches
 from fbackprop.training.checkpoints import RunError
@@ -195,7 +195,7 @@ def _in_dtype(task: Task, dtype: Any) -> Task:
 
 def _cast(tree: Any, dtype: Any) -> Any:
     def cast(leaf: Any) -> Any:
-        if isinstance(leaf, Windows):
+        if isinstance(leaf, Lazy):
             return leaf
         leaf = np.asarray(leaf)
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

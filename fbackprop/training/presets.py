@@ -160,7 +160,7 @@ def file_preset(path: str) -> Preset:
         return language_preset(path)
 
     def task(seed: int) -> Task:
-        source = data.load(path)
+        source = data.load_idx(path) if data.is_idx(path) else data.load(path)
         model = _convolutional(source.x.shape[1:], source.classes) if source.images else mlp((128, 64, source.classes))
         return _classifier(source, model, seed)
 
