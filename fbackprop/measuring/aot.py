@@ -242,6 +242,8 @@ def _image_steps(name: str, batch: int, edge: int, platform: str) -> Iterator[tu
         return jax.value_and_grad(loss, has_aux=True), (params, state), (images, labels)
 
     yield "ours", step(loss)
+    for policy in ("checkpoint", "dots_saveable"):
+        yield f"ours, {policy}", step(jax.checkpoint(loss, policy=POLICIES[policy]))
     yield "jax.grad", step(without_rules(loss))
     for policy, rule in POLICIES.items():
         yield policy, step(without_rules(jax.checkpoint(loss, policy=rule)))

@@ -179,7 +179,8 @@ def token_blocks(tokens: int, features: int, dtype: DTypeLike) -> tuple[int, int
     there is one near."""
     length = max(128, features if jnp.finfo(dtype).bits < 32 else 4 * features // 3)
     about = max(1, round(tokens / length))
-    number = next((n for n in range(about, 4 * about // 3) if tokens % n == 0), about)
+    most = (8 * about // 5) if jnp.finfo(dtype).bits < 32 else 4 * about // 3
+    number = next((n for n in range(about, most) if tokens % n == 0), about)
     return number, max(1, -(-tokens // number))
 
 
