@@ -24,6 +24,8 @@ depthwise     (one feature in and out a group) there is nothing to multiply matr
 others        on a CPU, where the compiler's own forms run one group after another, feature by feature: the features are cut
               into parts of one or more groups, each a convolution of one group (a part of several groups has a kernel of
               blocks, with zeros between them, and the blocks of its dK are cut out).
+thin x        on a CPU, where x has one feature, as in the first layer of a network on grey images, and there are no more taps
+              than features out: dK is the product of a matrix, for each tap a row of elements of X, with dy as it lies.
 
 Half precision is summed in float32.
 """
@@ -126,7 +128,9 @@ def _input_cotangent(dy: jax.Array, kernel: jax.Array, sizes: Sequence[int], geo
 def kernel_cotangent(x: jax.Array, dy: jax.Array, shape: Sequence[int], geometry: Geometry) -> jax.Array:
     """x [n, *spatial, in], dy [n, *spatial', out] -> dkernel of ``shape``, [*taps, in / groups, out]."""
     if geometry.groups == 1:
-        return _kernel_cotangent(x, dy, shape, geometry)
+        if not _is_thin(shape, geometry):
+            return _kernel_cotangent(x, dy, shape, geometry)
+        return _by_platform(_kernel_cotangent_thin, _kernel_cotangent, x, dy, tuple(shape), geometry)
     depthwise = _is_depthwise(jax.ShapeDtypeStruct(tuple(shape), x.dtype), geometry)
     cpu = _kernel_cotangent_depthwise if depthwise else _kernel_cotangent_parts
     return _by_platform(cpu, _kernel_cotangent, x, dy, tuple(shape), geometry)
@@ -139,6 +143,13 @@ def _kernel_cotangent_depthwise(x: jax.Array, dy: jax.Array, shape: Sequence[int
     zeros = (np.zeros((), products[0].dtype),) * len(products)
     within = jax.lax.reduce(products, zeros, lambda a, b: tuple(map(jax.lax.add, a, b)), tuple(range(1, dy.ndim - 1)))
     return jnp.stack(within).sum(1).reshape(shape).astype(x.dtype)
+
+
+def _kernel_cotangent_thin(x: jax.Array, dy: jax.Array, shape: Sequence[int], geometry: Geometry) -> jax.Array:
+    rows = math.prod(dy.shape[:-1])
+    met = jnp.stack([v.reshape(rows) for _, v in _shifted(_padded(x, geometry), shape[:-2], geometry)])
+    matrix, dtype = dy.reshape(rows, dy.shape[-1]), jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(met, matrix, precision=geometry.precision, preferred_element_type=dtype).reshape(shape).astype(x.dtype)
 
 
 def _kernel_cotangent_parts(x: jax.Array, dy: jax.Array, shape: Sequence[int], geometry: Geometry) -> jax.Array:
@@ -191,6 +202,11 @@ def _is_depthwise(kernel: Any, geometry: Geometry) -> bool:
     *taps, cin, cout = kernel.shape
     small = math.prod(taps) <= _MOST_TAPS and max(geometry.input_dilation) == 1
     return small and cin == 1 and 1 < cout == geometry.groups
+
+
+def _is_thin(kernel: Sequence[int], geometry: Geometry) -> bool:
+    """Whether x has one feature and, once for each tap, takes no more memory than y."""
+    return kernel[-2] == 1 and math.prod(kernel[:-2]) <= kernel[-1] and max(geometry.input_dilation) == 1
 
 
 def _padded(x: jax.Array, geometry: Geometry) -> jax.Array:
