@@ -68,7 +68,7 @@ class Cnn(nn.Module):
 
 def flax_cnn(tiny: bool) -> Model:
     model, x = Cnn((4, 8)) if tiny else Cnn(), images(*(4, 12, 1) if tiny else (128, 28, 1))
-    return lambda v, x, y: cross_entropy(model.apply(v, x), y), (model.init(KEY, x), x, classes(len(x)))
+    return lambda v, x, y: cross_entropy(model.apply(v, x), y), (jax.jit(model.init)(KEY, x), x, classes(len(x)))
 
 
 class Gpt(nn.Module):
@@ -92,7 +92,7 @@ class Gpt(nn.Module):
 
 def flax_gpt(tiny: bool) -> Model:
     model, text = Gpt(1, 32, 2, 32) if tiny else Gpt(), tokens(*(2, 16, 32) if tiny else (8, 256, 256))
-    return lambda v, text: next_token_loss(model.apply(v, text), text), (model.init(KEY, text), text)
+    return lambda v, text: next_token_loss(model.apply(v, text), text), (jax.jit(model.init)(KEY, text), text)
 
 
 class ResNet(nn.Module):
@@ -122,7 +122,7 @@ def flax_resnet(tiny: bool) -> Model:
         logits, state = model.apply(variables, x, mutable=["batch_stats"])
         return cross_entropy(logits, y), state
 
-    return loss, (model.init(KEY, x), x, classes(len(x)))
+    return loss, (jax.jit(model.init)(KEY, x), x, classes(len(x)))
 
 
 class UNet(nn.Module):
@@ -144,7 +144,7 @@ class UNet(nn.Module):
 
 def flax_unet(tiny: bool) -> Model:
     model, x = UNet(8) if tiny else UNet(), images(*(2, 8, 3) if tiny else (16, 32, 3))
-    return lambda v, x: jnp.square(model.apply(v, x) - x).mean(), (model.init(KEY, x), x)
+    return lambda v, x: jnp.square(model.apply(v, x) - x).mean(), (jax.jit(model.init)(KEY, x), x)
 
 
 class Recurrent(nn.Module):
@@ -161,7 +161,7 @@ class Recurrent(nn.Module):
 
 def flax_lstm(tiny: bool) -> Model:
     model, text = Recurrent(16, 8) if tiny else Recurrent(), tokens(*(2, 6, 16) if tiny else (16, 128, 128))
-    return lambda v, text: next_token_loss(model.apply(v, text), text), (model.init(KEY, text), text)
+    return lambda v, text: next_token_loss(model.apply(v, text), text), (jax.jit(model.init)(KEY, text), text)
 
 
 class Vit(nnx.Module):
@@ -292,7 +292,7 @@ def haiku_cnn(tiny: bool) -> Model:
 
     model = hk.transform_with_state(network)
     x = images(*(4, 8, 3) if tiny else (64, 32, 3))
-    params, state = model.init(KEY, x)
+    params, state = jax.jit(model.init)(KEY, x)
 
     def loss(params: Any, state: Any, x: Any, y: Any) -> Any:
         logits, state = model.apply(params, state, None, x)

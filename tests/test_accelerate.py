@@ -1,7 +1,9 @@
 """accelerate: what is replaced, what must not be, and that nothing changes."""
 
 import functools
+from typing import Any
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from fbackprop.accelerating.program import Program
 from fbackprop.accelerating.rewriting import rewritten
 
 KEY = jax.random.key(0)
+slow = pytest.mark.slow
 
 
 def normal(*shape, seed=0, dtype="float32"):
@@ -32,6 +35,8 @@ def check(fn, *args, ops, tolerance=3e-5):
 
 
 def agree(before, after, *args, tolerance=3e-5):
+    """Values and gradients of one weighted sum of all outputs, in programs that are compiled once for speed and not for the
+    result: without the compiler's optimizations."""
     moving = tuple(i for i, a in enumerate(args) if jnp.issubdtype(jnp.result_type(*jax.tree.leaves(a)), jnp.floating))
 
     def total(fn, *args):
@@ -55,7 +60,7 @@ def agree(before, after, *args, tolerance=3e-5):
     ("pool", "op"),
     [
         (lambda x: nn.max_pool(x, (2, 2), (2, 2)), "max_pool"),
-        (lambda x: nn.max_pool(x, (3, 2), (2, 1), "SAME"), "max_pool"),
+        pytest.param(lambda x: nn.max_pool(x, (3, 2), (2, 1), "SAME"), "max_pool", marks=slow),
         (lambda x: jax.lax.reduce_window(x, jnp.inf, jax.lax.min, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"), "min_pool"),
         (lambda x: nn.avg_pool(x, (2, 2), (2, 2)), "sum_pool"),
         (lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID"), "max_pool"),
@@ -94,11 +99,11 @@ def test_layer_norm(norm):
     ("module", "shape", "op"),
     [
         (nn.LayerNorm(), (3, 16), "layer_norm"),
-        (nn.LayerNorm(use_fast_variance=False, use_bias=False), (3, 16), "layer_norm"),
-        (nn.LayerNorm(reduction_axes=(1, 2), feature_axes=(1, 2)), (3, 4, 6), "layer_norm"),
+        pytest.param(nn.LayerNorm(use_fast_variance=False, use_bias=False), (3, 16), "layer_norm", marks=slow),
+        pytest.param(nn.LayerNorm(reduction_axes=(1, 2), feature_axes=(1, 2)), (3, 4, 6), "layer_norm", marks=slow),
         (nn.RMSNorm(), (2, 3, 16), "rms_norm"),
         (nn.GroupNorm(4), (3, 4, 4, 8), "group_norm"),
-        (nn.InstanceNorm(), (3, 4, 4, 8), "group_norm"),
+        pytest.param(nn.InstanceNorm(), (3, 4, 4, 8), "group_norm", marks=slow),
         (nn.BatchNorm(use_running_average=False), (6, 4, 8), "batch_norm"),
     ],
 )
@@ -203,10 +208,10 @@ ATTENTION = ["dot_product_attention"]
     [
         heads_first,
         lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
-        lambda q, k, v: jax.nn.dot_product_attention(q, k, v, scale=0.3),
+        pytest.param(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, scale=0.3), marks=slow),
         lambda q, k, v: jax.nn.dot_product_attention(q, k[:, :, :2], v[:, :, :2], is_causal=True),
         lambda q, k, v: jax.nn.dot_product_attention(q[:1], k[:1, :, :1], v[:1, :, :1], is_causal=True),
-        lambda q, k, v: nn.dot_product_attention(q, k, v),
+        pytest.param(lambda q, k, v: nn.dot_product_attention(q, k, v), marks=slow),
         lambda q, k, v: by_einsum(q, k, v, jnp.tril(jnp.ones((6, 6), bool))[None, None]),
     ],
     ids=["heads first", "causal", "scale", "grouped", "one head of keys", "plain", "einsum"],
@@ -232,6 +237,16 @@ def test_attention_of_flax():
     check(fn, module.init(KEY, x), x, seen, ops=ATTENTION, tolerance=1e-4)
 
 
+# -------------------------------------------------------------------------------------------------------- dense layers
+
+
+def test_dense_over_several_batch_axes():
+    x, w = normal(3, 5, 4), normal(4, 6)
+    check(lambda x, w: jnp.dot(x, w), x, w, ops=["dense"])
+    check(lambda x, w: jax.vmap(jax.vmap(lambda x: w.T @ x))(x), x, w, ops=["dense"])
+    assert ops_of(jnp.dot, x[0], w) == []
+
+
 # --------------------------------------------------------------------------------------------------------- convolutions
 
 
@@ -247,6 +262,73 @@ def test_attention_of_flax():
 def test_convolutions(module, op):
     x = normal(2, 7, 6, 8)
     check(module.apply, module.init(KEY, x), x, ops=op)
+
+
+# ----------------------------------------------------------------------------------------------------------- recurrence
+
+
+class OverTime(eqx.Module):
+    cell: Any
+
+    def __call__(self, x):
+        zeros = jnp.zeros(self.cell.hidden_size)
+        start = (zeros, zeros) if isinstance(self.cell, eqx.nn.LSTMCell) else zeros
+        return jax.lax.scan(lambda s, x: (self.cell(x, s), None), start, x)[0]
+
+
+def flax_rnn(cell, **options):
+    module, x = nn.RNN(cell, **options), normal(3, 5, 2)
+    return module.apply, module.init(KEY, x), x
+
+
+def equinox_rnn(cell):
+    return lambda m, x: jax.vmap(m)(x), OverTime(cell(2, 4, key=KEY)), normal(3, 5, 2)
+
+
+def forgetful(w, x, how=lambda f, c: f * c):
+    """An LSTM in plain JAX, gates in the order f, o, i, g, with a forget bias."""
+
+    def step(carry, x):
+        h, c = carry
+        f, o, i, g = jnp.split(jnp.dot(jnp.concatenate([x, h], -1), w), 4, -1)
+        c = how(jax.nn.sigmoid(f + 1), c) + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    zeros = jnp.zeros((3, 4))
+    return jax.lax.scan(step, (zeros, zeros), x)
+
+
+@pytest.mark.parametrize(
+    ("made", "op"),
+    [
+        pytest.param(functools.partial(flax_rnn, nn.LSTMCell(4), reverse=True, keep_order=True), "lstm", marks=slow),
+        (functools.partial(flax_rnn, nn.OptimizedLSTMCell(4)), "lstm"),
+        (functools.partial(flax_rnn, nn.GRUCell(4), return_carry=True), "gru"),
+        (functools.partial(equinox_rnn, eqx.nn.LSTMCell), "lstm"),
+        pytest.param(functools.partial(equinox_rnn, eqx.nn.GRUCell), "gru", marks=slow),
+        (lambda: (forgetful, normal(6, 16), normal(5, 3, 2)), "lstm"),
+    ],
+    ids=["flax, reversed", "flax, optimized", "flax gru", "equinox", "equinox gru", "plain"],
+)
+def test_recurrence(made, op):
+    check(*made(), ops=[op])
+
+
+def test_other_cells_are_left_alone():
+    def peephole(f, c):
+        return f * c * 0.999
+
+    def fn(w, x):
+        return forgetful(w, x, peephole)
+
+    assert ops_of(fn, normal(6, 16), normal(5, 3, 2)) == []
+
+
+def test_recurrence_with_lengths_of_flax():
+    module, x = nn.RNN(nn.LSTMCell(4), return_carry=True), normal(3, 5, 2)
+    with_lengths = functools.partial(module.apply, seq_lengths=jnp.array([5, 2, 3]))
+    agree(with_lengths, fb.accelerate(with_lengths), module.init(KEY, x), x)
 
 
 # ---------------------------------------------------------------------------------------- what must be left as it is

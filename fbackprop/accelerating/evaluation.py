@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from fbackprop.accelerating.program import Equation, Program, Region, Value, inside
+from fbackprop.accelerating.program import Equation, Program, Region, Value, inside, scan_counts
 
 __all__ = ["ELEMENTWISE", "FULL", "Axes", "Lengths", "Unknown", "evaluate", "is_elementwise"]
 
@@ -191,6 +191,9 @@ class Axes:
                 self._join(b, j, out, to)
         elif name == "iota":
             self._fix(out, [p["dimension"]])
+        elif name in ("concatenate", "slice", "split"):
+            for value in (*inputs, *outputs):
+                self._fix(value)
         elif name == "gather":
             self._relate_gather(equation)
         else:
@@ -265,11 +268,30 @@ def _results(equation: Equation, arrays: list[np.ndarray], shapes: list[tuple[in
         program = Program.of(p["call_jaxpr"])
         inner = Region(program.inputs, program.outputs, program.equations, set())
         return evaluate(inner, _Elementwise(shapes[0]), arrays)
+    if name == "scan":
+        return _scan(p, arrays)
+    if name == "split":
+        return np.split(arrays[0], np.cumsum([int(n) for n in p["sizes"]])[:-1], int(p["axis"]))
     if name in _PLAIN:
         if name == "not" and arrays[0].dtype != np.bool_:
             return [np.bitwise_not(arrays[0])]
         return [_PLAIN[name](*arrays)]
     return [_single(name, p, arrays, shapes[0], equation)]
+
+
+def _scan(p: dict[str, Any], arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Step by step, at full lengths."""
+    program = Program.of(p["jaxpr"])
+    body = Region(program.inputs, program.outputs, program.equations, set())
+    fixed, carried = scan_counts(p)
+    consts, carry, xs = arrays[:fixed], arrays[fixed : fixed + carried], arrays[fixed + carried :]
+    rows = []
+    for t in reversed(range(p["length"])) if p["reverse"] else range(p["length"]):
+        out = evaluate(body, FULL, [*consts, *carry, *(x[t] for x in xs)])
+        carry = out[:carried]
+        rows.append(out[carried:])
+    rows = rows[::-1] if p["reverse"] else rows
+    return [*carry, *(np.stack(column) for column in zip(*rows))]
 
 
 class _Elementwise:
@@ -310,6 +332,11 @@ def _single(name: str, p: dict[str, Any], arrays: list[np.ndarray], shape: tuple
         return np.broadcast_to(x.reshape(spread), shape)
     if name in ("reshape", "squeeze", "expand_dims"):
         return x.reshape(shape)
+    if name == "concatenate":
+        return np.concatenate(arrays, int(p["dimension"]))
+    if name == "slice":
+        steps = p["strides"] or (1,) * x.ndim
+        return x[tuple(slice(a, b, s) for a, b, s in zip(p["start_indices"], p["limit_indices"], steps))]
     if name == "transpose":
         return x.transpose([int(a) for a in p["permutation"]])
     if name in _REDUCE:

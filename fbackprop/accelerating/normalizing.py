@@ -22,16 +22,16 @@ def normalizations(program: Program, taken: set[int]) -> Iterator[Site | Near]:
         if anchor.name not in ("rsqrt", "sqrt") or id(anchor) in taken or not anchor.outputs[0].is_float:
             continue
         epsilon = _epsilon(anchor.inputs[0])
-        wider = functools.partial(_is_wider, anchor.outputs[0].size)
-        sources = list(itertools.islice(source(anchor.inputs[0], wider, most=40), 4))
-        if epsilon is None or not sources or not _sums(anchor, sources):
+        summed = functools.partial(_is_summed, anchor)
+        sources = list(itertools.islice(source(anchor.inputs[0], summed, most=40), 3))
+        if epsilon is None or not sources:
             continue
         site, why = first(program, _guesses(program, anchor, sources, epsilon))
         yield site if site is not None else Near("norm", why, anchor)
 
 
-def _is_wider(size: int, value: Value) -> bool:
-    return value.is_float and len(value.shape) > 1 and value.size > size
+def _is_summed(anchor: Equation, value: Value) -> bool:
+    return value.is_float and len(value.shape) > 1 and bool(_sums(anchor, [value]))
 
 
 def _epsilon(value: Value) -> float | None:

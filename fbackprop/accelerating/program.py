@@ -18,7 +18,7 @@ from jax.extend.core import (
     Literal,
 )
 
-__all__ = ["Equation", "Program", "Region", "Value", "inside", "is_inlined", "line_of", "region"]
+__all__ = ["Equation", "Program", "Region", "Value", "inside", "is_inlined", "line_of", "region", "scan_counts"]
 
 
 class Value:
@@ -145,6 +145,14 @@ def inside(equation: Equation) -> list[Any]:
     """The programs that stand inside of an equation."""
     leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: isinstance(p, (Jaxpr, ClosedJaxpr)))
     return [p for p in leaves if isinstance(p, (Jaxpr, ClosedJaxpr))]
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many inputs of a scan stay the same, and how many are carried."""
+    if "ft_in" in params:  # jax 0.12
+        fixed, carried = (len(part) for part in params["ft_in"].unpack()[:2])
+        return fixed, carried
+    return params["num_consts"], params["num_carry"]
 
 
 @dataclasses.dataclass(eq=False)

@@ -15,15 +15,19 @@ import jax.numpy as jnp
 from fbackprop.accelerating.activating import activations
 from fbackprop.accelerating.attending import attentions
 from fbackprop.accelerating.losing import cross_entropies
+from fbackprop.accelerating.multiplying import products
 from fbackprop.accelerating.normalizing import normalizations
-from fbackprop.accelerating.program import Equation, Program, Value, inside, line_of
+from fbackprop.accelerating.program import Equation, Program, Value, inside, line_of, scan_counts
+from fbackprop.accelerating.recurring import recurrences
 from fbackprop.accelerating.sites import Near, Site
 from fbackprop.accelerating.windowing import convolutions, pools
 
 __all__ = ["Found", "Rewritten", "rewritten"]
 
 Finder = Callable[[Program, set[int]], Iterator[Site | Near]]
-_FINDERS: tuple[Finder, ...] = (pools, convolutions, attentions, cross_entropies, normalizations, activations)
+_FINDERS: tuple[Finder, ...] = (
+    recurrences, pools, convolutions, attentions, cross_entropies, normalizations, activations, products,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +142,7 @@ def _place(where: str, anchor: Equation | None) -> str:
 
 
 def _scan(p: dict[str, Any], inner: list[Rewritten], args: list[Any]) -> list[Any]:
-    if "ft_in" in p:  # jax 0.12
-        fixed, carried = (len(part) for part in p["ft_in"].unpack()[:2])
-    else:
-        fixed, carried = p["num_consts"], p["num_carry"]
+    fixed, carried = scan_counts(p)
     consts, init, xs = args[:fixed], args[fixed : fixed + carried], args[fixed + carried :]
 
     def step(carry: Any, x: Any) -> tuple[Any, Any]:

@@ -1,0 +1,62 @@
+"""accelerate on whole models, as in benchmarks/accelerate.py, in tiny sizes."""
+
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+
+import fbackprop as fb
+
+_PATH = pathlib.Path(__file__).parents[1] / "benchmarks" / "accelerate.py"
+_SPEC = importlib.util.spec_from_file_location("benchmarks_accelerate", _PATH)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+benchmark = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(benchmark)
+
+FOUND = {
+    "flax-cnn": {"max_pool": 2},
+    "flax-gpt": {"dot_product_attention": 1, "layer_norm": 3, "gelu": 1},
+    "flax-resnet": {"batch_norm": 6},
+    "flax-unet": {"group_norm": 6, "sum_pool": 1, "conv": 3, "conv_transpose": 1},
+    "flax-lstm": {"lstm": 2, "layer_norm": 1},
+    "nnx-vit": {"dot_product_attention": 1, "layer_norm": 1, "rms_norm": 1, "gelu": 1},
+    "equinox-cnn": {"max_pool": 2},
+    "equinox-transformer": {"dot_product_attention": 1, "layer_norm": 2, "gelu": 1},
+    "equinox-gru": {"gru": 1},
+    "haiku-cnn": {"max_pool": 2, "batch_norm": 2, "layer_norm": 1},
+    "jax-llama": {"dot_product_attention": 1, "rms_norm": 3},
+    "jax-mlp": {"layer_norm": 2, "gelu": 2},
+}
+
+
+def model(name):
+    if name.startswith("haiku"):
+        pytest.importorskip("haiku")
+    with jax.numpy_rank_promotion("allow"):
+        return benchmark.MODELS[name](True)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_all_sites_of_a_model_are_replaced(name):
+    loss, args = model(name)
+    with jax.numpy_rank_promotion("allow"):
+        found = fb.accelerate(loss).traced(*args)[0].program.found
+    assert [f for f in found if not f.replaced] == []
+    names = [f.op for f in found]
+    assert {op: names.count(op) for op in FOUND[name]} == FOUND[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUND)
+def test_a_model_computes_the_same_and_keeps_no_more(name):
+    loss, args = model(name)
+    with jax.numpy_rank_promotion("allow"):
+        report = fb.accelerate(loss).report(*args)
+    assert report.agrees, str(report)
+    assert report.kept_after <= report.kept_before
+
+
+def test_every_model_of_the_benchmark_is_tested():
+    assert set(FOUND) == set(benchmark.MODELS)
