@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import resource
 import signal
 import sys
 import threading
@@ -73,6 +72,10 @@ def peak_bytes() -> int:
     counted = jax.local_devices()[0].memory_stats()
     if counted and "peak_bytes_in_use" in counted:
         return int(counted["peak_bytes_in_use"])
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 
