@@ -11,6 +11,10 @@ import pytest
 import fbackprop as fb
 from fbackprop.measuring import saved_bytes
 from fbackprop.models import gpt, named, stack_blocks, unstack_blocks
+from fbackprop.models.gpt import _rates
+
+# These programs run once: what counts is how fast they compile.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 SIZE = {"vocabulary": 13, "layers": 2, "width": 8, "heads": 4, "length": 9}
 FORMS = {"gpt2": {}, "llama": {"modern": True, "kv_heads": 2}}
@@ -73,11 +77,11 @@ def test_values_and_gradient_are_those_of_plain_code(form):
         model, params = make(form, param_dtype=jnp.float64)
         llama = form == "llama"
         # Angles are in float32.
-        expected = jax.jit(plain, static_argnums=2)(params, TOKENS, llama)
-        np.testing.assert_allclose(jax.jit(model)(params, TOKENS), expected, rtol=1e-5, atol=1e-5)
-        ours = jax.jit(jax.value_and_grad(model.loss))(params, TOKENS, TARGETS)
+        expected = jit(plain, static_argnums=2)(params, TOKENS, llama)
+        np.testing.assert_allclose(jit(model)(params, TOKENS), expected, rtol=1e-5, atol=1e-5)
+        ours = jit(jax.value_and_grad(model.loss))(params, TOKENS, TARGETS)
         np.testing.assert_allclose(ours[0], cross_entropy(expected), rtol=1e-5)
-        twin = jax.jit(jax.value_and_grad(fb.without_rules(model.loss)))(params, TOKENS, TARGETS)
+        twin = jit(jax.value_and_grad(fb.without_rules(model.loss)))(params, TOKENS, TARGETS)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), ours, twin)
 
 
@@ -87,14 +91,14 @@ def test_scanned_unrolled_and_checkpointed_are_one_function(form):
     other = gpt(**SIZE, **FORMS[form], scan=False, checkpoint="full")
     flat = unstack_blocks(params)
     jax.tree.map(np.testing.assert_array_equal, stack_blocks(flat), params)
-    ours = jax.jit(jax.value_and_grad(model.loss))(params, TOKENS, TARGETS)
-    loss, gradient = jax.jit(jax.value_and_grad(other.loss))(flat, TOKENS, TARGETS)
+    ours = jit(jax.value_and_grad(model.loss))(params, TOKENS, TARGETS)
+    loss, gradient = jit(jax.value_and_grad(other.loss))(flat, TOKENS, TARGETS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, (loss, stack_blocks(gradient)))
 
 
 @pytest.mark.slow
 def test_scanned_and_unrolled_begin_alike():
-    fresh = [jax.jit(make("llama", scan=scan)[0].init)(jax.random.key(3), TOKENS) for scan in (True, False)]
+    fresh = [jit(make("llama", scan=scan)[0].init)(jax.random.key(3), TOKENS) for scan in (True, False)]
     assert fresh[0][1] == ()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), fresh[0][0], stack_blocks(fresh[1][0]))
     assert np.std(fresh[0][0]["blocks"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.1)
@@ -103,8 +107,8 @@ def test_scanned_and_unrolled_begin_alike():
 @pytest.mark.parametrize("form", ONE_FORM)
 def test_token_by_token_with_a_cache_is_the_whole_sequence_at_once(form):
     model, params = make(form, scan=form == "gpt2")
-    logits = jax.jit(model)(params, TOKENS)
-    extend = jax.jit(model.extend)
+    logits = jit(model)(params, TOKENS)
+    extend = jit(model.extend)
     found, cache = extend(params, TOKENS[:, :4], model.start(2))
     np.testing.assert_allclose(found, logits[:, 3], rtol=1e-5, atol=1e-5)
     for i in range(4, 7):
@@ -115,7 +119,7 @@ def test_token_by_token_with_a_cache_is_the_whole_sequence_at_once(form):
 
 def test_later_tokens_change_nothing_before():
     model, params = make("llama")
-    run = jax.jit(model)
+    run = jit(model)
     a, b = run(params, TOKENS), run(params, TOKENS.at[:, 4].add(1))
     np.testing.assert_array_equal(a[:, :4], b[:, :4])
     assert (np.asarray(a[:, 4:]) != np.asarray(b[:, 4:])).any(-1).all()
@@ -123,10 +127,10 @@ def test_later_tokens_change_nothing_before():
 
 def test_by_hand():
     model, params = make("gpt2")
-    y, tape = jax.jit(model.forward)(params, TOKENS)
-    dparams, dx = jax.jit(model.backward)(tape, jnp.cos(y))
+    y, tape = jit(model.forward)(params, TOKENS)
+    dparams, dx = jit(model.backward)(tape, jnp.cos(y))
     assert dx is None
-    wanted = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model(p, TOKENS)))))(params)
+    wanted = jit(jax.grad(lambda p: jnp.sum(jnp.sin(model(p, TOKENS)))))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), dparams, wanted)
     with pytest.raises(ValueError, match=r"GPT.backward: dy has shape \(2, 7\), y had \(2, 7, 13\)"):
         model.backward(tape, y[..., 0])
@@ -137,8 +141,8 @@ def test_by_hand():
 @pytest.mark.parametrize("form", ONE_FORM)
 def test_bfloat16_computes_narrow_and_keeps_wide(form):
     model, params = make(form, dtype="bfloat16")
-    loss, gradient = jax.jit(jax.value_and_grad(model.loss))(params, TOKENS, TARGETS)
-    exact = jax.jit(make(form)[0].loss)(params, TOKENS, TARGETS)
+    loss, gradient = jit(jax.value_and_grad(model.loss))(params, TOKENS, TARGETS)
+    exact = jit(make(form)[0].loss)(params, TOKENS, TARGETS)
     assert loss.dtype == jnp.float32
     assert loss != exact
     np.testing.assert_allclose(loss, exact, rtol=5e-2)
@@ -207,3 +211,16 @@ def test_bad_input():
         model(unstack_blocks(params), TOKENS)
     with pytest.raises(ValueError, match=r"the parameter embed.embedding is \(12, 8\), expected \(13, 8\)"):
         model({**params, "embed": {"embedding": params["embed"]["embedding"][1:]}}, TOKENS)
+
+
+def test_llama_3_slows_the_slow_turns():
+    """As in Llama 3.1: wavelengths beyond original / low are stretched by the factor, those below original / high are not."""
+    rates = np.array(_rates(64, 500000.0, None), np.float64)
+    np.testing.assert_allclose(rates, 500000.0 ** (-np.arange(32) / 32), rtol=1e-5)
+    wavelengths = 2 * np.pi / rates
+    smooth = (8192 / wavelengths - 1.0) / (4.0 - 1.0)
+    expected = np.where(wavelengths > 8192 / 1.0, rates / 32, np.where(wavelengths < 8192 / 4.0, rates, 0))
+    between = (1 - smooth) * rates / 32 + smooth * rates
+    expected = np.where(expected == 0, between, expected)
+    np.testing.assert_allclose(_rates(64, 500000.0, (32.0, 1.0, 4.0, 8192)), expected, rtol=1e-4)
+    assert 0 < np.sum(expected == between) < 10
