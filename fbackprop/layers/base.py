@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from fbackprop.ops._arithmetic import float_type as float_type
+
 __all__ = ["Initializer", "Layer", "OpLayer", "Params", "State", "Tape"]
 
 Initializer = Callable[..., jax.Array]
@@ -240,12 +242,6 @@ def promoted(dtype: DTypeLike | None, x: jax.Array, params: Params) -> tuple[jax
     """Input and parameters in the dtype to compute in: ``dtype``, or by default what they promote to."""
     dtype = float_type(x, *params.values()) if dtype is None else dtype
     return x.astype(dtype), {name: jnp.asarray(p, dtype) for name, p in params.items()}
-
-
-def float_type(*arrays: Any) -> Any:
-    """What the arrays promote to, at least a floating-point dtype."""
-    dtype = jnp.result_type(*arrays)
-    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.promote_types(dtype, jnp.float32)
 
 
 def tuples(value: Any) -> Any:
