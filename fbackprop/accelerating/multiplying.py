@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fbackprop import ops
 from fbackprop.accelerating.program import Equation, Program
-from fbackprop.accelerating.sites import Site
+from fbackprop.accelerating.sites import Site, misfit
 
 __all__ = ["products"]
 
@@ -37,4 +37,5 @@ def _dense(equation: Equation) -> Site | None:
         y = ops.dense(x, kernel.T if turned else kernel, precision=precision)
         return (y if first == 0 else jnp.moveaxis(y, -1, 0),)
 
-    return Site("dense", [x, kernel], [out], call, (), equation, equations=[equation])
+    site = Site("dense", [x, kernel], [out], call, (), equation, equations=[equation])
+    return None if misfit(site) else site

@@ -84,10 +84,14 @@ def _of(
     parameters = [peeled(v) for v in (scale, bias) if v is not None]
     has_scale, has_bias = scale is not None, bias is not None
     common = (has_scale, has_bias, epsilon)
+    wider = np.dtype(out.dtype).itemsize > np.dtype(x.dtype).itemsize  # the op gives what it is given
 
     def site(op: str, call: Callable[..., Any], *options: Any) -> Site:
+        def widened(values: Any, *p: Any) -> tuple[Any, ...]:
+            return call(values.astype(out.dtype) if wider else values, *p)
+
         whole = [(x, len(x.shape) - 1), *((p, a) for p in parameters for a in range(len(p.shape)))]
-        return Site(op, [x, *parameters], [out], call, (*common, *options), anchor, whole=whole)
+        return Site(op, [x, *parameters], [out], widened, (*common, *options), anchor, whole=whole)
 
     axes = tuple(sorted(int(a) for a in summed.params["axes"]))
     rank = len(x.shape)

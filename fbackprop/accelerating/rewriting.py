@@ -118,7 +118,7 @@ def rewritten(program: Program, where: str = "") -> Rewritten:
     sites, found, inner = [], [], {}
     for finder in _FINDERS:
         near: list[Near] = []
-        for item in finder(program, taken):
+        for item in _examined(finder, program, taken):
             if isinstance(item, Near):
                 near.append(item)
             elif not any(id(e) in taken for e in item.equations):
@@ -132,6 +132,16 @@ def rewritten(program: Program, where: str = "") -> Rewritten:
             inner[id(equation)] = [rewritten(Program.of(p), within) for p in inside(equation)]
             found += [f for r in inner[id(equation)] for f in r.found]
     return Rewritten(program, sites, inner, found)
+
+
+def _examined(finder: Finder, program: Program, taken: set[int]) -> Iterator[Site | Near]:
+    """What a finder finds. A program that it stumbles over is left as it is from there on: a model must not fail for it."""
+    try:
+        yield from finder(program, taken)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NotImplementedError) as error:
+        told = f"it could not be examined ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        if program.equations:
+            yield Near(finder.__name__, told, program.equations[0])
 
 
 def _place(where: str, anchor: Equation | None) -> str:

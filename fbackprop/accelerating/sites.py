@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fbackprop.accelerating.evaluation import FULL, Axes, Unknown, evaluate, is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Region, Value, region
 from fbackprop.context import without_rules
 
-__all__ = ["Near", "Site", "chain", "constant", "peeled", "proved", "sides", "source"]
+__all__ = ["Near", "Site", "chain", "constant", "misfit", "peeled", "proved", "sides", "source"]
 
 MOST = 2**24  # numbers in one array that a proof may take
 SHAPING = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type", "copy", "pvary"))
@@ -196,12 +195,9 @@ def _structure(found: Region) -> tuple[Any, ...]:
 
 def _proof(site: Site, found: Region) -> str:
     try:
+        if why := misfit(site):
+            return why
         call = without_rules(site.call)
-        given = [_type(v) for v in site.inputs]
-        results = jax.tree.leaves(jax.eval_shape(call, *given))
-        for value, result in zip(site.outputs, results, strict=True):
-            if (tuple(result.shape), result.dtype) != (value.shape, value.dtype):
-                return f"the op would give {result.dtype}{list(result.shape)}, not {value.dtype}{list(value.shape)}"
         for equation in found.equations:
             if equation.name == "custom_jvp_call" and not _is_own_derivative(equation):
                 return "a custom_jvp whose derivative is not that of its function"
@@ -226,8 +222,24 @@ def _proof(site: Site, found: Region) -> str:
     except Unknown as unknown:
         return str(unknown)
     except (TypeError, ValueError, NotImplementedError) as error:
-        return f"the op refuses it: {(str(error).splitlines() or [''])[0]}"
+        return _refused(error)
     return ""
+
+
+def misfit(site: Site) -> str:
+    """Why a call does not give arrays of the types that the program has; the empty string where it does."""
+    try:
+        results = jax.tree.leaves(jax.eval_shape(without_rules(site.call), *(_type(v) for v in site.inputs)))
+        for value, result in zip(site.outputs, results, strict=True):
+            if (tuple(result.shape), result.dtype) != (value.shape, value.dtype):
+                return f"the op would give {result.dtype}{list(result.shape)}, not {value.dtype}{list(value.shape)}"
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return _refused(error)
+    return ""
+
+
+def _refused(error: Exception) -> str:
+    return f"the op refuses it: {(str(error).splitlines() or [''])[0]}"
 
 
 def _type(value: Value) -> jax.ShapeDtypeStruct:
@@ -320,7 +332,3 @@ def first(program: Program, guesses: Iterable[Site]) -> tuple[Site | None, str]:
         if not why:
             return guess, ""
     return None, why
-
-
-def dtype_width(dtype: Any) -> int:
-    return jnp.finfo(dtype).bits

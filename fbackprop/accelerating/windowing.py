@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fbackprop import ops
 from fbackprop.accelerating.program import Equation, Program
-from fbackprop.accelerating.sites import Near, Site
+from fbackprop.accelerating.sites import Near, Site, misfit
 
 __all__ = ["convolutions", "pools"]
 
@@ -51,7 +50,12 @@ def _pool(equation: Equation) -> Site | Near:
         y = op(x.reshape(*x.shape[:last], behind), *options, padding, window_dilation=spread)
         return (y.reshape(*y.shape[:-1], *x.shape[last:]),)
 
-    return Site(name, [x], equation.outputs, call, (), equation, equations=[equation])
+    return _fitting(Site(name, [x], equation.outputs, call, (), equation, equations=[equation]), equation)
+
+
+def _fitting(site: Site, equation: Equation) -> Site | Near:
+    why = misfit(site)
+    return Near(site.op, why, equation) if why else site
 
 
 def convolutions(program: Program, taken: set[int]) -> Iterator[Site | Near]:
@@ -96,12 +100,4 @@ def _convolution(equation: Equation) -> Site | Near:
             )  # fmt: skip
         return (jnp.transpose(y, tuple(int(a) for a in back)),)
 
-    site = Site(name, [x, kernel], equation.outputs, call, (), equation, equations=[equation])
-    try:
-        types = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in site.inputs]
-        (result,) = jax.eval_shape(call, *types)
-    except (TypeError, ValueError) as error:
-        return Near(name, f"the op refuses it: {str(error).splitlines()[0]}", equation)
-    if (tuple(result.shape), result.dtype) != (equation.outputs[0].shape, equation.outputs[0].dtype):
-        return Near(name, "of another shape", equation)
-    return site
+    return _fitting(Site(name, [x, kernel], equation.outputs, call, (), equation, equations=[equation]), equation)
