@@ -28,10 +28,22 @@ def ops_of(fn, *args):
     return sorted(f.op for f in fb.accelerate(fn).traced(*args)[0].program.found if f.replaced)
 
 
+_deep = False
+
+
+@pytest.fixture(autouse=True)
+def _depth(request):
+    """Gradients are compared for the first case of each test, and for all of them with --slow: it takes a second each."""
+    global _deep
+    case = getattr(request.node, "callspec", None)
+    _deep = request.config.getoption("--slow") or case is None or not any(case.indices.values())
+
+
 def check(fn, *args, ops, tolerance=3e-5):
     """Replaces just these, and values and gradients are those of the function."""
     assert ops_of(fn, *args) == sorted(ops)
-    agree(fn, fb.accelerate(fn), *args, tolerance=tolerance)
+    if _deep:
+        agree(fn, fb.accelerate(fn), *args, tolerance=tolerance)
 
 
 def agree(before, after, *args, tolerance=3e-5):
@@ -69,7 +81,8 @@ def agree(before, after, *args, tolerance=3e-5):
 def test_pooling(pool, op):
     x = normal(2, 6, 8, 6)
     check(pool, x, ops=[op])
-    agree(pool, fb.accelerate(pool), jnp.round(x))  # equal elements
+    if _deep:
+        agree(pool, fb.accelerate(pool), jnp.round(x))  # equal elements
 
 
 # -------------------------------------------------------------------------------------------------------------- norms
@@ -117,8 +130,9 @@ def test_flax_norms(module, shape, op):
     check(fn, variables, x, ops=[op])
 
 
-def test_layer_norm_of_bfloat16():
-    module = nn.LayerNorm(dtype=jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(None, marks=slow)])
+def test_layer_norm_of_bfloat16(dtype):
+    module = nn.LayerNorm(dtype=dtype)  # None gives float32
     x = normal(4, 32, dtype="bfloat16")
     check(module.apply, module.init(KEY, x), x, ops=["layer_norm"], tolerance=0.02)
 
@@ -175,10 +189,11 @@ INTEGER, SOFT = "softmax_cross_entropy_with_integer_labels", "softmax_cross_entr
     ],
 )
 def test_cross_entropy(loss, op):
-    labels = jnp.array([0, 3, 6, 2, 1, 5])
+    labels = np.array([0, 3, 6, 2, 1, 5])
     check(loss, normal(6, 7), labels, ops=[op])
-    beyond = jnp.array([0, -1, 7, 2, -8, 5])  # whatever the program does with these: NaN or no loss
-    np.testing.assert_allclose(fb.accelerate(loss)(normal(6, 7), beyond), loss(normal(6, 7), beyond), rtol=1e-5)
+    beyond = np.array([0, -1, 7, 2, -8, 5])  # whatever the program does with these: NaN or no loss
+    if _deep:
+        np.testing.assert_allclose(fb.accelerate(loss)(normal(6, 7), beyond), loss(normal(6, 7), beyond), rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -446,10 +461,8 @@ def test_near_misses_are_left_alone(fn):
     before, after = (jax.make_jaxpr(f)(x) for f in (fn, fb.accelerate(fn)))
     assert ops_of(fn, x) == []
     assert str(before).count("custom_vjp") == str(after).count("custom_vjp")
-    if fn is max_from_zero:  # JAX has no derivative of it
-        np.testing.assert_array_equal(fn(x), fb.accelerate(fn)(x))
-        return
-    agree(fn, fb.accelerate(fn), x, tolerance=1e-6)
+    if _deep and fn is not max_from_zero:  # JAX has no derivative of that
+        agree(fn, fb.accelerate(fn), x, tolerance=1e-6)
 
 
 def test_integers_are_left_alone():
