@@ -431,6 +431,11 @@ def stopped_weights(x):
     return jax.lax.stop_gradient(jax.nn.softmax(q @ q.swapaxes(-1, -2))) @ q
 
 
+def stopped_logits(x):
+    q = x.reshape(2, 4, 16, 16)
+    return jax.nn.softmax(jax.lax.stop_gradient(q @ q.swapaxes(-1, -2))) @ q
+
+
 def window_of_keys(x):
     q = x.reshape(2, 4, 16, 16)
     i = jnp.arange(16)
@@ -453,7 +458,7 @@ def other_cross_entropy(x):
     [
         ddof, epsilon_outside, epsilon_after, stopped_mean, variance_used, other_gelu, stopped_silu, straight_through, foreign,
         max_from_zero, windows_of_padding, weights_too, dropped_weights, two_axes, over_queries, stopped_weights,
-        window_of_keys, log_probabilities_too, other_cross_entropy,
+        stopped_logits, window_of_keys, log_probabilities_too, other_cross_entropy,
     ],
 )  # fmt: skip
 def test_near_misses_are_left_alone(fn):
@@ -463,6 +468,28 @@ def test_near_misses_are_left_alone(fn):
     assert str(before).count("custom_vjp") == str(after).count("custom_vjp")
     if _deep and fn is not max_from_zero:  # JAX has no derivative of that
         agree(fn, fb.accelerate(fn), x, tolerance=1e-6)
+
+
+def test_two_derivatives_of_one_function():
+    """The programs of both are the same word for word."""
+
+    @jax.custom_jvp
+    def right(x):
+        return x * jax.nn.sigmoid(x)
+
+    def slope(x):
+        return jax.nn.sigmoid(x) * (1 + x * (1 - jax.nn.sigmoid(x)))
+
+    right.defjvp(lambda primals, tangents: (right(*primals), tangents[0] * slope(*primals)))
+    x = normal(16, 128)
+    assert [ops_of(f, x) for f in (right, straight_through, right)] == [["silu"], [], ["silu"]]
+
+
+def test_a_mask_of_keys_that_hides_all():
+    mask = jnp.array([True, False]).reshape(2, 1, 1, 1) & jnp.ones((2, 1, 1, 6), bool)
+    fast = fb.accelerate(by_einsum)
+    assert ops_of(by_einsum, *qkv(2, 6, 4, 5), mask) == ATTENTION
+    np.testing.assert_allclose(fast(*qkv(2, 6, 4, 5), mask), by_einsum(*qkv(2, 6, 4, 5), mask), rtol=1e-5, atol=1e-6)
 
 
 def test_integers_are_left_alone():

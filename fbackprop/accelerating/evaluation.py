@@ -242,8 +242,9 @@ def _groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[in
 
 
 def evaluate(region: Region, lengths: Lengths, arguments: Sequence[np.ndarray], stopped: float = 0.0) -> list[np.ndarray]:
-    """The outputs of a region. ``stopped`` is added to what stands under a stop_gradient: where that changes nothing, it takes
-    nothing from the derivative either."""
+    """The outputs of a region. Noise of the size ``stopped`` is added to every element under a stop_gradient: where that
+    changes nothing, stopping takes nothing from the derivative either."""
+    noise = np.random.default_rng(3)
     known: dict[int, np.ndarray] = dict(zip(map(id, region.inputs), arguments))
 
     def read(value: Value) -> np.ndarray:
@@ -257,7 +258,7 @@ def evaluate(region: Region, lengths: Lengths, arguments: Sequence[np.ndarray], 
             arrays = [read(v) for v in equation.inputs]
             results = _results(equation, arrays, [lengths.shape(v) for v in equation.outputs])
             if equation.name == "stop_gradient" and equation.outputs[0].is_float:
-                results = [r + stopped for r in results]
+                results = [r + stopped * noise.normal(size=np.shape(r)) for r in results]
             known.update(zip(map(id, equation.outputs), results))
         return [np.asarray(read(v)) for v in region.outputs]
 
