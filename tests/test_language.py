@@ -315,7 +315,7 @@ def test_stdlib_gpt_learns_in_three_hundred_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("train", "stdlib-gpt", "--steps", 300, "--out", "run") == 0
     metrics = json.loads(pathlib.Path("run/metrics.json").read_text())
-    assert metrics["test_loss"] < 2.3
+    assert metrics["test_loss"] < 1.9  # measured: 1.61
     assert metrics["gradient_check_max_error_float64"] < 1e-9
     assert metrics["evaluations"][0]["test_loss"] < 5
     text = pathlib.Path("run/samples.txt").read_text()

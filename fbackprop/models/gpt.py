@@ -62,7 +62,7 @@ class GPT(Transformer):
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
         self._require_tokens("init", x)
         table, other, blocks, head = jax.random.split(key, 4)
-        normal, dtype = initializers.normal(0.02), self.param_dtype
+        normal, dtype = initializers.normal(self.init_std), self.param_dtype
         params: Params = {"embed": {"embedding": normal(table, (self.vocabulary, self.width), dtype)}}
         if self.positions == "learned":
             params["position"] = {"embedding": normal(other, (self.length, self.width), dtype)}

@@ -54,7 +54,7 @@ class ViT(Transformer):
                 "bias": jnp.zeros(width, dtype),
             },
             "class": {"embedding": jnp.zeros((1, width), dtype)},
-            "position": {"embedding": initializers.normal(0.02)(position, (self._patches + 1, width), dtype)},
+            "position": {"embedding": initializers.normal(self.init_std)(position, (self._patches + 1, width), dtype)},
             "blocks": self.init_blocks(blocks),
             "norm": self.init_norm(),
             "head": {"kernel": jnp.zeros((width, self.classes), dtype), "bias": jnp.zeros(self.classes, dtype)},

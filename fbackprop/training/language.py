@@ -16,7 +16,7 @@ from fbackprop.training.tasks import Preset, Task
 __all__ = ["LANGUAGE_PRESETS", "from_recipe", "is_language_file", "language_preset", "text_of", "tokens_of"]
 
 _LENGTH = 128  # of a window
-_GPT: dict[str, Any] = {"layers": 2, "width": 256, "heads": 4, "length": _LENGTH, "modern": True}
+_GPT: dict[str, Any] = {"layers": 2, "width": 256, "heads": 4, "length": _LENGTH, "modern": True, "init_std": 1 / 16}
 _LSTM: dict[str, Any] = {"width": 384, "layers": 1}
 _HELD_OUT = 128  # windows that the held-out loss is measured on
 _PROMPTS, _SAMPLE = ("def ", "class ", "import "), 400  # what samples begin with, and the bytes after it
