@@ -9,9 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fbackprop.accelerating.rewriting import Found
 from fbackprop.checking.definition import definition_of
@@ -68,7 +65,10 @@ class Report:
         before, after = interleave(self.calls, rounds, seconds, budget, settled=True)
         return dataclasses.replace(self, speed=ratio(before, after))
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(title="accelerate", caption=self._caption(), caption_justify="left", title_justify="left")
         for column in ("", "op", "where", "why not"):
             table.add_column(column, overflow="fold")
@@ -91,6 +91,8 @@ class Report:
         return "\n".join(lines)
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=120)
         console.print(self)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
