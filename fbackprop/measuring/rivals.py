@@ -135,7 +135,7 @@ def _cce(module: Any, a: dict[str, Any]) -> Any:
 
 def _tokamax_loss(module: Any, a: dict[str, Any]) -> Any:
     kernel = a["kernel"].T if a["transposed"] else a["kernel"]
-    return module.linear_softmax_cross_entropy_loss(a["x"], a["labels"], kernel, reduction="mean").astype(a["x"].dtype)
+    return module.linear_softmax_cross_entropy_loss(a["x"], a["labels"], kernel, reduction="mean").astype("float32")
 
 
 def _tokamax_norm(module: Any, a: dict[str, Any]) -> Any:
