@@ -9,7 +9,7 @@ import numpy as np
 from fbackprop import ops
 from fbackprop.accelerating.evaluation import is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Value
-from fbackprop.accelerating.sites import Site, constant, proved
+from fbackprop.accelerating.sites import Site, backwards, constant, proved
 
 __all__ = ["activations"]
 
@@ -38,30 +38,24 @@ def activations(program: Program, taken: set[int]) -> Iterator[Site]:
         if id(equation) in taken or len(equation.outputs) != 1 or not is_elementwise(equation):
             continue
         out = equation.outputs[0]
-        for x in reversed(list(_sources(equation, out))):
+        for x in reversed(list(_sources(out))):
             if site := _site(program, x, out, equation):
                 yield site
                 break
 
 
-def _sources(equation: Equation, out: Value, most: int = 24) -> Iterator[Value]:
+def _sources(out: Value, most: int = 24) -> Iterator[Value]:
     """Single arrays of the same shape that the output is an elementwise function of, the nearest first."""
-    frontier, curved = {id(out): out}, False
-    for step in range(most):
-        open_ = [v for v in frontier.values() if v.maker is not None]
-        if not open_:
-            return
-        latest = max(open_, key=lambda v: v.maker.order if v.maker else -1)
-        maker = latest.maker
-        assert maker is not None
-        spread = maker.name == "broadcast_in_dim" and constant(latest)
-        if not spread and (not is_elementwise(maker) or len(maker.outputs) != 1):
-            return
+
+    def through(value: Value, maker: Equation) -> bool:
+        spread = maker.name == "broadcast_in_dim" and constant(value)
+        return spread or (is_elementwise(maker) and len(maker.outputs) == 1)
+
+    curved = False
+    for step, (maker, frontier) in enumerate(backwards(out, through, most)):
         curved |= maker.name in _CURVED
-        del frontier[id(latest)]
-        frontier.update((id(v), v) for v in maker.inputs if not constant(v))
         if len(frontier) == 1:
-            (x,) = frontier.values()
+            (x,) = frontier
             if curved and (step or maker.name == "custom_jvp_call") and x.is_float and x.shape == out.shape:
                 yield x
 

@@ -21,7 +21,7 @@ import scipy.special
 
 from fbackprop.accelerating.program import Equation, Program, Region, Value, inside, scan_counts
 
-__all__ = ["ELEMENTWISE", "FULL", "Axes", "Lengths", "Unknown", "evaluate", "is_elementwise"]
+__all__ = ["ELEMENTWISE", "FULL", "Axes", "Lengths", "OneShape", "Unknown", "evaluate", "is_elementwise"]
 
 
 class Unknown(Exception):
@@ -87,6 +87,19 @@ class _Full:
 
 FULL: Lengths = _Full()
 """The lengths of the program itself."""
+
+
+class OneShape:
+    """The axes of an elementwise program: its values have one shape, or none."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self._shape = shape
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return self._shape if value.shape else ()
+
+    def shortened(self, value: Value) -> np.ndarray:
+        return np.asarray(value.known)
 
 
 class _Classes:
@@ -268,7 +281,7 @@ def _results(equation: Equation, arrays: list[np.ndarray], shapes: list[tuple[in
     if name == "custom_jvp_call":
         program = Program.of(p["call_jaxpr"])
         inner = Region(program.inputs, program.outputs, program.equations, set())
-        return evaluate(inner, _Elementwise(shapes[0]), arrays)
+        return evaluate(inner, OneShape(shapes[0]), arrays)
     if name == "scan":
         return _scan(p, arrays)
     if name == "split":
@@ -293,19 +306,6 @@ def _scan(p: dict[str, Any], arrays: list[np.ndarray]) -> list[np.ndarray]:
         rows.append(out[carried:])
     rows = rows[::-1] if p["reverse"] else rows
     return [*carry, *(np.stack(column) for column in zip(*rows))]
-
-
-class _Elementwise:
-    """The axes of an elementwise program: its values have one shape, or none."""
-
-    def __init__(self, shape: tuple[int, ...]):
-        self._shape = shape
-
-    def shape(self, value: Value) -> tuple[int, ...]:
-        return self._shape if value.shape else ()
-
-    def shortened(self, value: Value) -> np.ndarray:
-        return np.asarray(value.known)
 
 
 def _single(name: str, p: dict[str, Any], arrays: list[np.ndarray], shape: tuple[int, ...], equation: Equation) -> Any:

@@ -13,17 +13,17 @@ and accepts only where
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from fbackprop.accelerating.evaluation import FULL, Axes, Unknown, evaluate, is_elementwise
+from fbackprop.accelerating.evaluation import FULL, Axes, OneShape, Unknown, evaluate, is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Region, Value, region
 from fbackprop.context import without_rules
 
-__all__ = ["Near", "Site", "chain", "constant", "misfit", "peeled", "proved", "sides", "source"]
+__all__ = ["Near", "Site", "backwards", "chain", "constant", "misfit", "peeled", "proved", "sides", "source"]
 
 MOST = 2**24  # numbers in one array that a proof may take
 SHAPING = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type", "copy", "pvary"))
@@ -71,9 +71,11 @@ def constant(value: Value) -> bool:
     return True
 
 
-def source(value: Value, wanted: Callable[[Value], bool], most: int = 60) -> Iterator[Value]:
-    """Single values that ``value`` is computed from, step by step back through elementwise equations, sums and changes of
-    shape; the nearest first."""
+def backwards(
+    value: Value, through: Callable[[Value, Equation], bool], most: int
+) -> Iterator[tuple[Equation, Collection[Value]]]:
+    """Step by step back from ``value``, the latest equation first, as far as ``through`` allows: each equation, and the values
+    that are no constants and that ``value`` is computed from before it."""
     frontier = {id(value): value}
     for _ in range(most):
         open_ = [v for v in frontier.values() if v.maker is not None]
@@ -82,11 +84,22 @@ def source(value: Value, wanted: Callable[[Value], bool], most: int = 60) -> Ite
         latest = max(open_, key=lambda v: v.maker.order if v.maker else -1)
         maker = latest.maker
         assert maker is not None
-        if not (maker.name in SHAPING or maker.name in REDUCING or is_elementwise(maker)):
+        if not through(latest, maker):
             return
         del frontier[id(latest)]
         frontier.update((id(v), v) for v in maker.inputs if not constant(v))
-        if len(frontier) == 1 and wanted(only := next(iter(frontier.values()))):
+        yield maker, frontier.values()
+
+
+def source(value: Value, wanted: Callable[[Value], bool], most: int = 60) -> Iterator[Value]:
+    """Single values that ``value`` is computed from, step by step back through elementwise equations, sums and changes of
+    shape; the nearest first."""
+
+    def through(_: Value, maker: Equation) -> bool:
+        return maker.name in SHAPING or maker.name in REDUCING or is_elementwise(maker)
+
+    for _, frontier in backwards(value, through, most):
+        if len(frontier) == 1 and wanted(only := next(iter(frontier))):
             yield only
 
 
@@ -307,7 +320,7 @@ def _is_own_derivative(equation: Equation) -> bool:
     inputs = list(zip(equation.inputs, shapes))
     xs = [rng.normal(size=shape) * 2 if v.is_float else np.ones(shape, v.dtype) for v, shape in inputs]
     dots = [rng.normal(size=shapes[i]) for i in moving]
-    own, h = _Short(max((x.shape for x in xs), key=len)), 2.0**-18
+    own, h = OneShape(max((x.shape for x in xs), key=len)), 2.0**-18
 
     def at(step: float) -> np.ndarray:
         moved = [x + step * dots[moving.index(i)] if i in moving else x for i, x in enumerate(xs)]
@@ -315,19 +328,6 @@ def _is_own_derivative(equation: Equation) -> bool:
 
     slope = evaluate(derivative, lengths, [*xs, *dots])[0]
     return _close((at(h) - at(-h)) / (2 * h), slope, 1e-6)
-
-
-class _Short:
-    """Of an equation that is elementwise: one shape for all that have axes."""
-
-    def __init__(self, shape: tuple[int, ...]):
-        self._shape = shape
-
-    def shape(self, value: Value) -> tuple[int, ...]:
-        return self._shape if value.shape else ()
-
-    def shortened(self, value: Value) -> np.ndarray:
-        return np.asarray(value.known)
 
 
 def first(program: Program, guesses: Iterable[Site]) -> tuple[Site | None, str]:

@@ -23,7 +23,7 @@ from fbackprop.measuring.rivals import POLICIES, Absent
 from fbackprop.measuring.times import interleave, ratio
 from fbackprop.measuring.twins import Model, Side, ours
 
-__all__ = ["AGAINST", "Plan", "best", "measure", "table"]
+__all__ = ["AGAINST", "Plan", "measure", "table"]
 
 _RATE = 1e-3
 _FIRST = 3  # steps whose losses are compared
@@ -145,12 +145,6 @@ def _compiled(side: Side, batch: Any) -> Runner:
 
     memory = program.memory_analysis()
     return Runner(step, seconds, getattr(memory, "temp_size_in_bytes", None), matmul_flops(traced.jaxpr))
-
-
-def best(rows: Sequence[dict[str, Any]], library: str) -> dict[str, Any] | None:
-    """The row of the checkpoint policy of a library that is the fastest."""
-    own = [row for row in rows if row["against"].startswith(f"{library} ")]
-    return min(own, key=lambda row: row["milliseconds_against"], default=None)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
