@@ -1,4 +1,4 @@
-"""The switch that decides, at each op call, what runs: the rule or its reference.
+"""The switch that decides what runs at each op call: its rule, its reference, another rule for the same forward, or a recorder.
 
 The switch is a JAX *user context*: thread-local, and part of the key of every jit cache. A program
 that was traced with rules is therefore never reused where references were asked for, nor the other way
@@ -12,7 +12,7 @@ a jaxpr, a compiled executable or a pullback, keeps what it was made with, and s
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 
@@ -21,16 +21,36 @@ __all__ = ["without_rules"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-RULES_ON = "rules"
-REFERENCES = "references"
 
-# Made once, at import: making one is not thread-safe, using it is. Its values must be hashable and stable.
-_mode = jax.make_user_context(default_value=RULES_ON)
+class Mode(NamedTuple):
+    """What the switch stands at. Hashable and stable: it is part of the key of every jit cache."""
+
+    references: bool = False  # every op is its definition
+    others: tuple[tuple[str, Any], ...] = ()  # (name of an op, the Rule to use in place of its own)
+    recorder: Any = None  # called as recorder(rule, dynamic, static) -> y in place of each op's rule
+
+    def other(self, name: str) -> Any:
+        """The rule to use in place of an op's own, or None."""
+        return dict(self.others).get(name)
+
+
+# Made once, at import: making one is not thread-safe, using it is.
+_mode = jax.make_user_context(default_value=Mode())
+
+
+def mode() -> Mode:
+    """What the switch stands at where this is called."""
+    return _mode.value
+
+
+def switched(**changes: Any) -> Any:
+    """A context manager under which the fields of ``Mode`` named here have these values."""
+    return _mode(_mode.value._replace(**changes))
 
 
 def uses_references() -> bool:
     """Whether the code being traced or run now is inside ``without_rules``."""
-    return _mode.value == REFERENCES
+    return _mode.value.references
 
 
 def without_rules(fn: Callable[P, R]) -> Callable[P, R]:
@@ -49,7 +69,7 @@ def without_rules(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def twin(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _mode(REFERENCES):
+        with switched(references=True, others=()):
             return fn(*args, **kwargs)
 
     return twin

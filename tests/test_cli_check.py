@@ -395,7 +395,7 @@ def test_packages_modules_and_rules_of_ones_own(here, calls):
     pathlib.Path("pack/__init__.py").write_text("")
     pathlib.Path("pack/parts.py").write_text("two = 2.0\n")
     pathlib.Path("pack/ops.py").write_text(
-        "from fbackprop.rules import elementwise\nfrom .parts import two\n"
+        "from fbackprop.one_line import elementwise\nfrom .parts import two\n"
         "@elementwise(lambda: two)\ndef doubled(x):\n    return two * x\n"
     )
     before = state()

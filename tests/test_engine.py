@@ -26,7 +26,8 @@ from jax.sharding import PartitionSpec as S
 
 from fbackprop import context, rules
 from fbackprop.context import without_rules
-from fbackprop.rules import RULES, elementwise, rule
+from fbackprop.one_line import elementwise
+from fbackprop.rules import RULES, rule
 
 # ---------------------------------------------------------------------------------------------- rules to test with
 

@@ -42,8 +42,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from fbackprop.one_line import elementwise
 from fbackprop.ops._arithmetic import float_type, nbytes, wide
-from fbackprop.rules import elementwise, rule
+from fbackprop.rules import rule
 from fbackprop.samples import constant, normal, positive, sample
 
 __all__ = [

@@ -1,0 +1,113 @@
+"""The one-line form of a rule, for functions of single elements: only the derivative is written.
+
+y = f(x)        dx = dy · f′(x)        and a smaller argument that was broadcast receives the sum
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from fbackprop.rules import Op, Static, rule
+from fbackprop.samples import Sample, normal, sample
+
+__all__ = ["elementwise"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def elementwise(
+    *derivatives: Callable[..., Any],
+    narrow: Sequence[Callable[..., Any]] | None = None,
+    static: Sequence[str] = (),
+    exact: bool = True,
+    samples: Sequence[Sample] | None = None,
+    workloads: Sequence[Sample] | None = None,
+    keeps: str = "",
+    minimum: Callable[..., int] | None = None,
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """The one-line form of a rule: ``@elementwise(lambda y: y * (1 - y))`` over ``def sigmoid(x)``.
+
+    Args:
+      derivatives: one function for each argument that is not static, the derivative of the output with respect to it,
+        as a function of any of the arguments and of the output ``y``, by name. What no derivative names is not kept.
+        They compute in float32 or wider, and a smaller argument that was broadcast receives the sum.
+      narrow: the derivatives to use where x is narrower than float32: a rounded y may say less than x does.
+      static, exact, samples, workloads, keeps, minimum: as for ``rule``. By default arrays for a function of one argument.
+    """
+
+    def register(reference: Callable[P, R]) -> Op[P, R]:
+        parameters = tuple(inspect.signature(reference).parameters)
+        arguments = tuple(n for n in parameters if n not in static)
+        forms = (derivatives, derivatives if narrow is None else tuple(narrow))
+        for form in forms:
+            if len(form) != len(arguments):
+                raise TypeError(
+                    f"rule {reference.__name__}: {len(form)} derivatives for {', '.join(arguments)}; expected one each."
+                )
+            if unknown := {n for d in form for n in inspect.signature(d).parameters} - {*parameters, "y"}:
+                raise TypeError(
+                    f"rule {reference.__name__}: a derivative names {sorted(unknown)}; known are {parameters} and y."
+                )
+
+        def chosen(dtype: Any) -> tuple[Callable[..., Any], ...]:
+            return forms[bool(jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32)]
+
+        def forward(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            bound = {name: value for name, value in kwargs.items() if name not in static}
+            y: Any = reference(*args, **kwargs)
+            named = {n for d in chosen(y.dtype) for n in inspect.signature(d).parameters}
+            shapes = tuple((jnp.shape(bound[n]), jnp.result_type(bound[n])) for n in arguments)
+            kept = {n: v for n, v in {**bound, "y": y}.items() if n in named}
+            return y, (kept, Static(shapes))
+
+        def backward(saved: Any, dy: Any, **options: Any) -> tuple[Any, ...]:
+            kept, shapes = saved
+            wide = jnp.promote_types(dy.dtype, jnp.float32)
+            known = {**{n: _widen(v, wide) for n, v in kept.items()}, **options}
+            result = []
+            for derivative, (shape, dtype) in zip(chosen(dy.dtype), shapes.value):
+                if not jnp.issubdtype(dtype, jnp.inexact):
+                    result.append(None)
+                    continue
+                slope = jnp.asarray(derivative(**{n: known[n] for n in inspect.signature(derivative).parameters}))
+                # The chain rule for a function of single elements: d<argument> = dy · slope. A slope of True and False
+                # selects: 0 · inf would be NaN.
+                d = jnp.where(slope, dy, 0) if slope.dtype == bool else dy.astype(wide) * slope
+                result.append(_sum_to(d, shape))
+            return tuple(result)
+
+        kinds = inspect.Parameter
+        forward.__signature__ = inspect.signature(reference)  # type: ignore[attr-defined]
+        pair = [kinds("saved", kinds.POSITIONAL_ONLY), kinds("dy", kinds.POSITIONAL_ONLY)]
+        backward.__signature__ = inspect.Signature([*pair, *(kinds(n, kinds.KEYWORD_ONLY) for n in static)])  # type: ignore[attr-defined]
+        used, less = (
+            ", ".join(sorted({n for d in form for n in inspect.signature(d).parameters if n not in static})) for form in forms
+        )
+        sizes = [sample(normal(4096, 3072), dtype=d) for d in ("float32", "bfloat16")]
+        return rule(
+            forward=forward,
+            backward=backward,
+            static=static,
+            exact=exact,
+            samples=[sample(normal(5, 7)), sample(normal(9, scale=4.0)), sample(normal())] if samples is None else samples,
+            workloads=sizes if workloads is None else workloads,
+            keeps=keeps or (used if used == less else f"{used} ({less} below float32)"),
+            minimum=minimum,
+        )(reference)
+
+    return register
+
+
+def _widen(value: Any, dtype: Any) -> Any:
+    return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.inexact) else value
+
+
+def _sum_to(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums over the axes along which an argument of ``shape`` was broadcast."""
+    array = array.sum(tuple(range(array.ndim - len(shape))))
+    axes = tuple(i for i, n in enumerate(shape) if n == 1 and array.shape[i] != 1)
+    return array.sum(axes, keepdims=True) if axes else array
