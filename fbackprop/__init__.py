@@ -14,6 +14,7 @@ from fbackprop.accelerating import accelerate as accelerate
 from fbackprop.checking import assert_correct as assert_correct
 from fbackprop.checking import check as check
 from fbackprop.context import without_rules as without_rules
+from fbackprop.explaining import explain as explain
 from fbackprop.models import from_flax as from_flax
 from fbackprop.ops import *  # noqa: F403
 from fbackprop.rules import RULES as RULES
@@ -25,6 +26,7 @@ __all__ = [
     "assert_correct",
     "check",
     "context",
+    "explain",
     "from_flax",
     "layers",
     "models",

@@ -1,0 +1,6 @@
+"""Explaining: one record of a backward pass, the chain rule for one weight in numbers, and the bytes that are kept."""
+
+from fbackprop.explaining.record import Explanation as Explanation
+from fbackprop.explaining.recording import explain as explain
+
+__all__ = ["Explanation", "explain"]

@@ -1,0 +1,315 @@
+"""The record of a backward pass: every op call with its values, and where each value comes from.
+
+An ``Explanation`` holds each array once, in ``values``; everything else (names, places, the program) is static, so it is a
+pytree that leaves and enters jitted functions. ``steps`` reads the record op call by op call.
+"""
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fbackprop.explaining.program import Program, is_float
+from fbackprop.rules import Rule
+
+__all__ = ["Explanation", "Kept", "Leaf", "Source", "Step", "Structure"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where an array comes from: arguments and op calls that it depends on, and the JAX operations in between.
+
+    ``through`` is empty where it is the very argument, or the very output of a step. Where it is a constant, ``leaves`` and
+    ``steps`` are empty too.
+    """
+
+    leaves: tuple[str, ...] = ()  # labels of arguments: "layers/0/kernel", "x"
+    steps: tuple[tuple[int, str], ...] = ()  # (index of the step, name of its output)
+    through: tuple[str, ...] = ()  # names of JAX operations: "reshape", "add", "[2]" for an entry along the first axis
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether it is one argument or output itself, or an entry of it."""
+        return len(self.leaves) + len(self.steps) == 1 and all(name.startswith("[") for name in self.through)
+
+    @property
+    def text(self) -> str:
+        """Such as "layers/0/kernel", "step 3", "step 3 by reshape", "step 1 and x by add"."""
+        whence = [*(f"step {i}" if name == "y" else f"{name} of step {i}" for i, name in self.steps), *self.leaves]
+        if not whence:
+            return "a constant"
+        entries = "".join(name for name in self.through if name.startswith("["))
+        others = [name for name in self.through if not name.startswith("[")]
+        if len(whence) == 1:
+            whence[0] += entries
+        return " and ".join(whence) + (f" by {', '.join(others)}" if others else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array among the arguments. ``label`` is its name in sources: the path alone for the first
+    argument, "x" or "batch/x" with the name of the argument for another."""
+
+    label: str
+    argument: int | str  # its place, or its name where it was given by name
+    path: str
+    type: jax.ShapeDtypeStruct
+    value: int  # its place among the values of the explanation
+    gradient: int | None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("value",),
+    meta_fields=("name", "shape", "dtype", "bytes", "origin", "source", "again"),
+)
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """An array that an op call keeps for its backward.
+
+    ``origin`` tells what it is: "parameter" (of the first argument), "argument" (another one), "output" (of an op call, its own
+    or one before), "computed" (an input that other JAX operations made), or "own" (made for the backward alone).
+    ``again`` tells that a step before keeps the same array: its bytes count once.
+    """
+
+    name: str
+    value: jax.Array
+    shape: tuple[int, ...]
+    dtype: Any
+    bytes: int
+    origin: str
+    source: Source | None
+    again: bool
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("inputs", "outputs", "kept", "upstream", "cotangents"),
+    meta_fields=("index", "rule", "options", "sources", "layer", "reached"),
+)
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One op call, forward and backward. Arrays by name: "x", "kernel"; "carry/0" inside of an argument that is a tree; the
+    output "y", or "y/0", "y/1", … where there are several.
+
+    ``upstream`` are the cotangents of the outputs as the real backward received them, ``cotangents`` what it returned for the
+    inputs; None for integers, masks and keys, and for inputs that no floating-point argument reaches. ``reached`` tells whether
+    the explained output depends on this call at all; where it does not, no backward ran.
+    """
+
+    index: int
+    rule: Rule
+    options: tuple[tuple[str, Any], ...]
+    inputs: dict[str, jax.Array]
+    sources: tuple[tuple[str, Source], ...]
+    outputs: dict[str, jax.Array]
+    kept: tuple[Kept, ...]
+    upstream: dict[str, Any]
+    cotangents: dict[str, Any]
+    layer: str  # the common path of the parameters that go in: "layers/0", "blocks[2]", or ""
+    reached: bool
+
+    @property
+    def op(self) -> str:
+        return self.rule.name
+
+    @property
+    def source(self) -> dict[str, Source]:
+        """Where each input comes from, by its name."""
+        return dict(self.sources)
+
+    @property
+    def summary(self) -> str:
+        """What the op is, in a sentence."""
+        return (inspect.getdoc(self.rule.reference) or "").split("\n")[0]
+
+    @property
+    def formula(self) -> str:
+        """The derivation: the docstring of the op's module."""
+        return self.rule.formula
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that this call adds to what is kept."""
+        return sum(k.bytes for k in self.kept if not k.again)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeptAt:
+    """A ``Kept`` with the place of its array."""
+
+    name: str
+    type: jax.ShapeDtypeStruct
+    value: int
+    origin: str
+    source: Source | None
+    again: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepAt:
+    """A ``Step`` with the places of its arrays among the values."""
+
+    node: int  # of the program
+    inputs: tuple[tuple[str, int], ...]
+    sources: tuple[tuple[str, Source], ...]
+    outputs: tuple[tuple[str, int], ...]
+    kept: tuple[KeptAt, ...]
+    upstream: tuple[tuple[str, int | None], ...]
+    cotangents: tuple[tuple[str, int | None], ...]
+    layer: str
+    reached: bool
+    saved: Any  # the structure of what the forward saved
+    saved_values: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structure:
+    """All of an explanation that is no array."""
+
+    name: str
+    program: Program
+    leaves: tuple[Leaf, ...]
+    arguments: Any  # the structure of (args, kwargs)
+    others: tuple[Any, ...]  # each leaf of the arguments that is no array, None in the place of one
+    array_places: tuple[int, ...]  # of the arrays among the leaves
+    constants: tuple[int, ...]
+    steps: tuple[StepAt, ...]
+    outputs: tuple[int, ...]
+    sources: tuple[Source, ...]  # of the outputs
+    output_tree: Any
+    cotangent: tuple[int | None, ...]  # of each output
+    has_aux: bool
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "differences"), meta_fields=("structure",))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Explanation:
+    """A backward pass, op call by op call, with the values of the real forward and the real backward. A pytree.
+
+    ``gradients`` are held against ``jax.grad`` of the function with its rules: ``differences`` has the largest absolute
+    difference for each differentiated array among the arguments, by its label.
+    """
+
+    values: tuple[Any, ...] = dataclasses.field(repr=False)
+    differences: dict[str, Any] = dataclasses.field(repr=False)
+    structure: Structure = dataclasses.field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Of the function."""
+        return self.structure.name
+
+    @functools.cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """Every op call, in the order of the forward pass."""
+        return tuple(self._step(i) for i in range(len(self.structure.steps)))
+
+    def _step(self, index: int) -> Step:
+        at, value = self.structure.steps[index], self.values
+        call = self.structure.program.nodes[at.node].call
+        assert call is not None
+
+        def named(places: Any) -> dict[str, Any]:
+            return {name: None if place is None else value[place] for name, place in places}
+
+        kept = tuple(
+            Kept(k.name, value[k.value], k.type.shape, k.type.dtype, _bytes(k.type), k.origin, k.source, k.again)
+            for k in at.kept
+        )
+        return Step(
+            index, call.rule, tuple(call.options.items()), named(at.inputs), at.sources, named(at.outputs), kept,
+            named(at.upstream), named(at.cotangents), at.layer, at.reached,
+        )  # fmt: skip
+
+    def _outputs(self) -> Any:
+        return jax.tree.unflatten(self.structure.output_tree, [self.values[i] for i in self.structure.outputs])
+
+    @property
+    def output(self) -> Any:
+        """What the function returned."""
+        return self._outputs()[0] if self.structure.has_aux else self._outputs()
+
+    @property
+    def aux(self) -> Any:
+        """What the function returned besides, where ``has_aux`` said so."""
+        return self._outputs()[1] if self.structure.has_aux else None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where each array that the function returned comes from."""
+        return self.structure.sources
+
+    @property
+    def cotangent(self) -> tuple[Any, ...]:
+        """The cotangent of each array that the function returned, 1 for a loss; None for integers and what is besides."""
+        return tuple(None if i is None else self.values[i] for i in self.structure.cotangent)
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The arrays among the arguments, by label."""
+        return self.structure.leaves
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the call: (args, kwargs)."""
+        return self._unflattened([leaf.value for leaf in self.leaves], self.structure.others)
+
+    @property
+    def _gradients(self) -> Any:
+        return self._unflattened([leaf.gradient for leaf in self.leaves], (None,) * len(self.structure.others))
+
+    def _unflattened(self, places: list[int | None], others: tuple[Any, ...]) -> Any:
+        """The arguments' tree with these arrays in the place of its arrays."""
+        every, arrays = list(others), iter(places)
+        for i in self.structure.array_places:
+            place = next(arrays)
+            every[i] = None if place is None else self.values[place]
+        return jax.tree.unflatten(self.structure.arguments, every)
+
+    @property
+    def gradients(self) -> tuple[Any, ...]:
+        """The gradient for each argument, of its structure, with None in the place of integers, masks and keys."""
+        return self._gradients[0]
+
+    @property
+    def keyword_gradients(self) -> dict[str, Any]:
+        """The same for arguments that were given by name."""
+        return self._gradients[1]
+
+    def leaf(self, label: str) -> Leaf:
+        """The array among the arguments that is called so."""
+        for leaf in self.leaves:
+            if leaf.label == label:
+                return leaf
+        import difflib
+
+        labels = [leaf.label for leaf in self.leaves]
+        near = difflib.get_close_matches(label, labels, 3) or labels[:8]
+        raise ValueError(f"explain: no argument is called {label!r}; there is {', '.join(near)}.")
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the gradients are those of ``jax.grad`` of the function with its rules, but for rounding."""
+        gradients = {leaf.label: self.values[leaf.gradient] for leaf in self.leaves if leaf.gradient is not None}
+        sizes = {label: float(jnp.max(jnp.abs(d), initial=0)) for label, d in gradients.items()}
+        most = max(sizes.values(), default=0.0)
+        # The narrowest dtype that anything is computed in decides what rounding is.
+        eps = max(float(jnp.finfo(t.dtype).eps) for t in self.structure.program.types if is_float(t))
+        return all(bool(d <= eps * (64 * sizes[label] + 4 * most)) for label, d in self.differences.items())
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the op calls keep for the backward, each array once."""
+        return sum(step.kept_bytes for step in self.steps)
+
+    def __repr__(self) -> str:
+        return f"Explanation of {self.name}: {len(self.structure.steps)} steps, {len(self.leaves)} arrays among the arguments"
+
+
+def _bytes(kind: Any) -> int:
+    return int(np.prod(kind.shape, dtype=np.int64)) * kind.dtype.itemsize
