@@ -21,7 +21,7 @@ import scipy.special
 
 from fbackprop.accelerating.program import Equation, Program, Region, Value, inside, scan_counts
 
-__all__ = ["ELEMENTWISE", "FULL", "Axes", "Lengths", "OneShape", "Unknown", "evaluate", "is_elementwise"]
+__all__ = ["ELEMENTWISE", "FULL", "Axes", "Lengths", "OneShape", "Unknown", "evaluate", "groups", "is_elementwise"]
 
 
 class Unknown(Exception):
@@ -119,7 +119,11 @@ class _Classes:
 class Axes:
     """The classes of the axes of a region, and the lengths to evaluate it at."""
 
-    def __init__(self, region: Region, whole: Sequence[tuple[Value, int]] = (), short: Sequence[int] = (2, 3)):
+    def __init__(
+        self, region: Region, whole: Sequence[tuple[Value, int]] = (), short: Sequence[int] = (2, 3), additive: bool = False
+    ):
+        self._additive = additive  # sums may be short, and so may axes that are cut or become one
+        self._relations: list[tuple[Any, list[Any], int]] = []  # an axis, those of which it is the product, and what more
         self._classes = _Classes()
         self._along = _Classes()  # joined by values that depend on the inputs; a position does not make queries keys
         self._moving = region.moving
@@ -131,12 +135,34 @@ class Axes:
         for equation in region.equations:
             self._relate(equation)
         self._fixed.update((id(v), a) for v, a in whole)
-        fixed = {self._classes.of(axis) for axis in self._fixed}
-        turns, self._lengths = itertools.cycle(short), {}
-        for axis, n in self._full.items():
-            root = self._classes.of(axis)
-            if root not in self._lengths:
-                self._lengths[root] = n if root in fixed else min(n, next(turns))
+        self._lengths = self._assigned(short)
+
+    def _assigned(self, short: Sequence[int]) -> dict[Any, int]:
+        """A length for each class; a relation that cannot be kept at short lengths is kept at the full ones."""
+        of = self._classes.of
+        relations = [(of(whole), [of(p) for p in parts], more) for whole, parts, more in self._relations]
+        fixed = {of(axis) for axis in self._fixed}
+        while True:
+            while spreading := [r for r in relations if {r[0], *r[1]} & fixed and not {r[0], *r[1]} <= fixed]:
+                fixed.update(root for whole, parts, _ in spreading for root in (whole, *parts))
+            made = {whole for whole, *_ in relations}
+            turns, lengths = itertools.cycle(short), {}
+            for axis, n in self._full.items():
+                root = of(axis)
+                if root not in lengths and (root in fixed or root not in made):
+                    lengths[root] = n if root in fixed else min(n, next(turns))
+            broken, pending = [], [r for r in relations if r[0] not in fixed]
+            while pending:
+                ready = [r for r in pending if all(p in lengths for p in r[1])]
+                for whole, parts, more in ready:
+                    n = math.prod(lengths[p] for p in parts) + more
+                    if lengths.setdefault(whole, n) != n:
+                        broken.append(whole)
+                broken += [] if ready else [r[0] for r in pending]
+                pending = [r for r in pending if r not in ready] if ready else []
+            if not broken:
+                return lengths
+            fixed.update(broken)
 
     def together(self, a: Value, i: int, b: Value, j: int) -> bool:
         """Whether the program walks along these two axes together."""
@@ -182,15 +208,17 @@ class Axes:
             self._relate_reshape(inputs[0], out)
         elif name in _REDUCE or name in ("argmax", "argmin"):
             reduced = [int(a) for a in p["axes"]]
-            self._fix(inputs[0], reduced)
+            if not (self._additive and name == "reduce_sum"):
+                self._fix(inputs[0], reduced)
             kept = [a for a in range(len(inputs[0].shape)) if a not in reduced]
             for to, axis in enumerate(kept):
                 self._join(inputs[0], axis, out, to)
         elif name == "dot_general":
             (left, right), (lefts, rights) = p["dimension_numbers"]
             a, b = inputs
-            self._fix(a, left)
-            self._fix(b, right)
+            if not self._additive:
+                self._fix(a, left)
+                self._fix(b, right)
             for i, j in zip(left, right):
                 self._join(a, i, b, j)
             free_a = [i for i in range(len(a.shape)) if i not in (*left, *lefts)]
@@ -204,6 +232,8 @@ class Axes:
                 self._join(b, j, out, to)
         elif name == "iota":
             self._fix(out, [p["dimension"]])
+        elif name == "slice" and self._additive and p["strides"] is None:
+            self._relate_cut(inputs[0], out)
         elif name in ("concatenate", "slice", "split"):
             for value in (*inputs, *outputs):
                 self._fix(value)
@@ -212,10 +242,24 @@ class Axes:
         else:
             raise Unknown(f"{name} is not among what is evaluated")
 
+    def _relate_cut(self, x: Value, out: Value) -> None:
+        for axis, (n, rest) in enumerate(zip(x.shape, out.shape)):
+            if n == rest:
+                self._join(x, axis, out, axis)
+            elif rest > 1 and n - rest <= 8:
+                self._relations.append(((id(x), axis), [(id(out), axis)], n - rest))
+            else:
+                self._fix(x, [axis])
+                self._fix(out, [axis])
+
     def _relate_reshape(self, x: Value, out: Value) -> None:
-        for group, others in _groups(x.shape, out.shape):
+        for group, others in groups(x.shape, out.shape):
             if len(group) == len(others) == 1:
                 self._join(x, group[0], out, others[0])
+            elif self._additive and len(others) == 1:
+                self._relations.append(((id(out), others[0]), [(id(x), i) for i in group], 0))
+            elif self._additive and len(group) == 1:
+                self._relations.append(((id(x), group[0]), [(id(out), j) for j in others], 0))
             else:
                 self._fix(x, group)
                 self._fix(out, others)
@@ -239,7 +283,7 @@ class Axes:
         self._fix(x, d.start_index_map)
 
 
-def _groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Neighbouring axes of two shapes that hold the same elements; axes of length 1 belong to nobody."""
     left, right = [i for i, n in enumerate(a) if n != 1], [j for j, n in enumerate(b) if n != 1]
     groups = []
@@ -337,7 +381,8 @@ def _single(name: str, p: dict[str, Any], arrays: list[np.ndarray], shape: tuple
         return np.concatenate(arrays, int(p["dimension"]))
     if name == "slice":
         steps = p["strides"] or (1,) * x.ndim
-        return x[tuple(slice(a, b, s) for a, b, s in zip(p["start_indices"], p["limit_indices"], steps))]
+        cut = [n - b for n, b in zip(equation.inputs[0].shape, p["limit_indices"])]  # from the end
+        return x[tuple(slice(a, n - c, s) for a, n, c, s in zip(p["start_indices"], x.shape, cut, steps))]
     if name == "transpose":
         return x.transpose([int(a) for a in p["permutation"]])
     if name in _REDUCE:

@@ -1,16 +1,19 @@
-"""Finds softmax cross-entropies: before a logarithm of a sum of exponentials the logits, behind it the loss of each row."""
+"""Finds softmax cross-entropies: before a logarithm of a sum of exponentials the logits, behind it the loss of each row.
+
+Where a large vocabulary's logits come from a product and go nowhere else, ``projecting`` puts a linear cross-entropy in place
+of product, cross-entropy and sum.
+"""
 
 import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
-
 from fbackprop import ops
 from fbackprop.accelerating.evaluation import is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Value
-from fbackprop.accelerating.sites import SHAPING, Near, Site, chain, constant, first, peeled, sides, source
+from fbackprop.accelerating.projecting import projected
+from fbackprop.accelerating.sites import SHAPING, Near, Site, chain, first, integer_sources, sides, source
 
 __all__ = ["cross_entropies"]
 
@@ -28,9 +31,11 @@ def cross_entropies(program: Program, taken: set[int]) -> Iterator[Site | Near]:
         ends = [v for v in chain(anchor.outputs[0], _onward, most=14) if v.size == summed.outputs[0].size and v.is_float]
         if not ends:
             continue
-        site, why = first(program, _guesses(program, list(logits), ends, int(summed.params["axes"][0]), anchor))
+        axis = int(summed.params["axes"][0])
+        site, why = first(program, _guesses(program, list(logits), ends, axis, anchor))
         if site is not None:
-            yield site
+            merged = projected(program, site, axis)
+            yield from (site,) if merged is None else (merged,) if isinstance(merged, Site) else (merged, site)
         elif any(_enters(v) for v in ends):
             yield Near("softmax_cross_entropy", why, anchor)
 
@@ -69,20 +74,8 @@ def _guesses(program: Program, logits: list[Value], ends: list[Value], axis: int
             if v.is_float and v.shape == x.shape:
                 yield from _soft(x, v, out, axis, anchor)
         rows = out.size
-        for labels in _integer_sources([v for v, _ in entering], rows):
+        for labels in integer_sources([v for v, _ in entering], rows):
             yield from _integer(x, labels, out, axis, anchor)
-
-
-def _integer_sources(values: list[Value], rows: int) -> list[Value]:
-    """Arrays of integers, one for each row, that what enters is computed from; the deepest first."""
-    found: dict[int, Value] = {}
-    for v in values:
-        deep = [s for s in source(v, lambda s: not s.is_float and s.size == rows)]
-        for s in (*reversed(deep), v):
-            if not s.is_float and s.dtype is not None and jnp.issubdtype(s.dtype, jnp.integer) and s.size == rows:
-                inner = peeled(s)
-                found.setdefault(id(inner), inner)
-    return [v for v in found.values() if not constant(v)]
 
 
 def _integer(x: Value, labels: Value, out: Value, axis: int, anchor: Equation) -> Iterator[Site]:
@@ -95,7 +88,9 @@ def _integer(x: Value, labels: Value, out: Value, axis: int, anchor: Equation) -
             shape = _shape(out, x, axis, rows)
             return ((loss if sign == 1 else -loss).reshape(shape),)
 
-        yield Site("softmax_cross_entropy_with_integer_labels", [x, labels], [out], call, (sign, axis), anchor, classes)
+        yield Site(
+            "softmax_cross_entropy_with_integer_labels", [x, labels], [out], call, (sign, axis), anchor, classes, additive=True
+        )
 
 
 def _soft(x: Value, labels: Value, out: Value, axis: int, anchor: Equation) -> Iterator[Site]:

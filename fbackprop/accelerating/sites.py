@@ -17,13 +17,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fbackprop.accelerating.evaluation import FULL, Axes, OneShape, Unknown, evaluate, is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Region, Value, region
 from fbackprop.context import without_rules
 
-__all__ = ["Near", "Site", "backwards", "chain", "constant", "misfit", "peeled", "proved", "sides", "source"]
+__all__ = [
+    "Near", "Site", "backwards", "chain", "constant", "first", "integer_sources", "misfit", "peeled", "proved", "sides",
+    "source",
+]  # fmt: skip
 
 MOST = 2**24  # numbers in one array that a proof may take
 SHAPING = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type", "copy", "pvary"))
@@ -43,6 +47,7 @@ class Site:
     integers: int = 8  # integers are drawn from −integers − 2 to integers + 1
     equations: Sequence[Equation] = ()  # what it stands in for
     whole: Sequence[tuple[Value, int]] = ()  # axes that keep their length in a proof
+    additive: bool = False  # sums and products in it mean the same at all lengths, so that these may be short in a proof
 
 
 @dataclasses.dataclass(eq=False)
@@ -111,6 +116,18 @@ def peeled(value: Value) -> Value:
             break
         value = inner
     return value
+
+
+def integer_sources(values: list[Value], rows: int) -> list[Value]:
+    """Arrays of integers, one for each row, that what enters is computed from; the deepest first."""
+    found: dict[int, Value] = {}
+    for v in values:
+        deep = [s for s in source(v, lambda s: not s.is_float and s.size == rows)]
+        for s in (*reversed(deep), v):
+            if not s.is_float and s.dtype is not None and jnp.issubdtype(s.dtype, jnp.integer) and s.size == rows:
+                inner = peeled(s)
+                found.setdefault(id(inner), inner)
+    return [v for v in found.values() if not constant(v)]
 
 
 def sides(out: Value, inputs: Sequence[Value]) -> list[tuple[Value, Equation]] | None:
@@ -213,9 +230,9 @@ def _proof(site: Site, found: Region) -> str:
         if why := misfit(site):
             return why
         call = without_rules(site.call)
-        axes = Axes(found, site.whole)
+        axes = Axes(found, site.whole, additive=site.additive)
         if max(int(np.prod(axes.shape(v))) for e in found.equations for v in e.outputs) > MOST:
-            axes = Axes(found, site.whole, short=(1,))
+            axes = Axes(found, site.whole, short=(1,), additive=site.additive)
             if max(int(np.prod(axes.shape(v))) for e in found.equations for v in e.outputs) > MOST:
                 return "too large to be proved"
         short = [jax.ShapeDtypeStruct(axes.shape(v), v.dtype) for v in site.inputs]
@@ -270,8 +287,19 @@ def _draws(site: Site, shapes: Sequence[tuple[int, ...]]) -> Iterator[list[np.nd
                 own = rng.random(size=shape) < 0.6
                 arrays.append(own & (scale != 1e-3))  # also where nothing is seen
             else:
-                arrays.append(rng.integers(-site.integers - 2, site.integers + 2, size=shape).astype(value.dtype))
+                lowest, beyond = (0, 0) if site.additive else (-site.integers - 2, 2)
+                arrays.append(rng.integers(lowest, site.integers + beyond, size=shape).astype(value.dtype))
         yield arrays
+    n = site.integers
+    for edge in (-n - 1, -n, -1, n - 1, n, n + 1) if site.additive else ():
+        yield [_with_edge(rng, a, edge) if a.dtype.kind in "iu" else a for a in arrays]
+
+
+def _with_edge(rng: np.random.Generator, array: np.ndarray, edge: int) -> np.ndarray:
+    """With this number in one place: what a program makes of it may hide all others in a sum."""
+    array = array.copy()
+    array.reshape(-1)[rng.integers(array.size)] = np.asarray(edge).astype(array.dtype)
+    return array
 
 
 def _close(a: np.ndarray, b: np.ndarray, eps: float) -> bool:

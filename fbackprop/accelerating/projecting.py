@@ -1,0 +1,266 @@
+"""Finds the projection to a vocabulary before a softmax cross-entropy: the logits of all tokens need not be formed then.
+
+From the logits back, to the product of x with a kernel, a bias or a soft cap may be on the way, and what only moves tokens: a
+slice, a change of shape, other axes first. The moves are made with x instead, whose last axis takes the place of the classes.
+From the losses of the tokens on, to their sum, a sign or weights may be on the way.
+
+``linear_cross_entropy`` gives the sum with as many products as before. Where a program uses the loss of each token it would
+need one more, so that these are left; and so are vocabularies of which the logits are small, where nothing is gained.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+from fbackprop import ops
+from fbackprop.accelerating.evaluation import groups
+from fbackprop.accelerating.program import Equation, Program, Value
+from fbackprop.accelerating.sites import SHAPING, Near, Site, constant, first, integer_sources, peeled
+from fbackprop.ops._vocabulary import accumulates
+
+__all__ = ["projected"]
+
+CLASSES = 4096  # fewer are left to the plain cross-entropy
+LOGITS = 1 << 22  # and so are fewer logits than these
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """How logits come from a product: ``moves`` of their tokens from there on, in order."""
+
+    dot: Equation
+    side: int  # which operand of the product is x
+    bias: Value | None
+    cap: float | None
+    moves: tuple[Equation, ...]
+
+    @property
+    def x(self) -> Value:
+        return self.dot.inputs[self.side]
+
+    @property
+    def kernel(self) -> tuple[Value, bool]:
+        """The kernel, before it was transposed if it was; and whether its classes stand first."""
+        value, classes_first = self.dot.inputs[1 - self.side], self.dot.params["dimension_numbers"][0][1 - self.side][0] == 1
+        maker = value.maker
+        if maker is not None and maker.name == "transpose":
+            return maker.inputs[0], not classes_first
+        return value, classes_first
+
+    def tokens(self, x: Any) -> Any:
+        """x as [tokens, features], the tokens in the order of the logits."""
+        (contracted,) = self.dot.params["dimension_numbers"][0][self.side]
+        at = x.ndim - 1 if self.side == 0 else 0  # the axis of the classes, of the features here
+        x = jnp.moveaxis(x, contracted, at)
+        for move in self.moves:
+            x, at = _moved(move, x, at)
+        return jnp.moveaxis(x, at, -1).reshape(-1, x.shape[at])
+
+
+def _moved(move: Equation, x: Any, at: int) -> tuple[Any, int]:
+    p, shape = move.params, move.inputs[0].shape
+    if move.name == "transpose":
+        order = [int(a) for a in p["permutation"]]
+        return jnp.transpose(x, order), order.index(at)
+    if move.name == "slice":
+        cuts = zip(p["start_indices"], p["limit_indices"], shape, x.shape)
+        return x[tuple(slice(None) if a == at else slice(i, now - (n - j)) for a, (i, j, n, now) in enumerate(cuts))], at
+    lengths, to = [1] * len(move.outputs[0].shape), _followed(move, at)
+    for inner, outer in groups(shape, move.outputs[0].shape):
+        if len(outer) == 1:
+            lengths[outer[0]] = math.prod(x.shape[i] for i in inner)
+        else:
+            for o in outer:
+                lengths[o] = move.outputs[0].shape[o]
+    lengths[to] = x.shape[at]
+    return x.reshape(lengths), to
+
+
+def _followed(move: Equation, at: int) -> int:
+    """Where a change of shape brings an axis; LookupError where it does not stay an axis."""
+    given, made = move.inputs[0].shape, move.outputs[0].shape
+    if move.name == "broadcast_in_dim":
+        if move.inputs[0].size != move.outputs[0].size:
+            raise LookupError("tokens are repeated")
+        return int(move.params["broadcast_dimensions"][at])
+    return next(outer[0] for inner, outer in groups(given, made) if inner == [at] and len(outer) == 1)
+
+
+def _head(logits: Value, axis: int) -> _Head | None:
+    """Where logits come from, if it is a product with a kernel; ``axis`` is that of the classes."""
+    value, bias, cap, moves = logits, None, [], []
+    classes = logits.shape[axis]
+    backwards = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim"}
+    for _ in range(24):
+        maker = value.maker
+        if maker is None:
+            return None
+        if maker.name == "dot_general":
+            side = _side(maker, len(value.shape), axis)
+            scale = _cap(cap)
+            return None if side is None or scale == 0 else _Head(maker, side, bias, scale, tuple(reversed(moves)))
+        if maker.name == "transpose":
+            axis = int(maker.params["permutation"][axis])
+            moves.append(maker)
+        elif maker.name == "slice":
+            if maker.params["strides"] is not None or maker.inputs[0].shape[axis] != classes:
+                return None
+            moves.append(maker)
+        elif maker.name in backwards:
+            places = [a for a, n in enumerate(maker.inputs[0].shape) if n == classes]
+            try:
+                axis = next(a for a in places if _followed(maker, a) == axis)
+            except (LookupError, StopIteration):
+                return None
+            moves.append(maker)
+        elif maker.name in ("add", "add_any") and bias is None:
+            a, b = maker.inputs
+            biases = [peeled(v) if peeled(v).shape == (classes,) else None for v in (a, b)]
+            which = next((i for i in (1, 0) if biases[i] is not None), None)
+            if which is None:
+                return None
+            bias, value = biases[which], maker.inputs[1 - which]
+            continue
+        elif maker.name in ("mul", "div", "tanh"):
+            numbers = [v.number for v in maker.inputs]
+            which = 0 if numbers[0] is None else 1
+            cap.append((maker.name, None if maker.name == "tanh" else numbers[1 - which]))
+            value = maker.inputs[which]
+            continue
+        elif maker.name not in ("convert_element_type", "copy", "pvary"):
+            return None
+        value = maker.inputs[0]
+    return None
+
+
+def _side(dot: Equation, rank: int, axis: int) -> int | None:
+    """Which operand is x, where the other one is a kernel [features, classes] or [classes, features]."""
+    contracted, batch = dot.params["dimension_numbers"]
+    side = 0 if axis == rank - 1 else 1
+    other = dot.inputs[1 - side]
+    if any(map(len, batch)) or len(contracted[0]) != 1 or len(other.shape) != 2 or axis not in (0, rank - 1):
+        return None
+    if (
+        rank == 2
+        and len(dot.inputs[side].shape) == 2
+        and dot.outputs[0].shape[axis] != other.shape[1 - contracted[1 - side][0]]
+    ):
+        return None
+    return side if dot.inputs[0].dtype == dot.inputs[1].dtype and dot.inputs[0].is_float else None
+
+
+def _cap(steps: list[tuple[str, float | None]]) -> float | None:
+    """c of c · tanh(z / c), whose steps are given the last first; None without steps, 0 where they are something else."""
+    if not steps:
+        return None
+    if [name for name, _ in steps[:2]] == ["mul", "tanh"] and len(steps) == 3 and steps[0][1]:
+        return steps[0][1]
+    return 0.0
+
+
+# --------------------------------------------------------------------------------------------------- from losses to a sum
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+    """How the losses of tokens come to their sum."""
+
+    total: Value
+    weights: Value | None = None
+    kind: str = ""  # "mul", or "where": what is weighted with 0 may be NaN
+    inverted: bool = False  # the mask tells what is left out
+
+
+def _sum(losses: Value) -> _Sum | None:
+    """The sum of all losses, with weights or without; None where they are used otherwise."""
+    value, found = losses, _Sum(losses)
+    for _ in range(16):
+        users = {id(u): u for u in value.users}
+        if len(users) != 1:
+            return None
+        (user,) = users.values()
+        others = [v for v in user.inputs if v is not value and not constant(v)]
+        if len(user.outputs) != 1 or len(others) > 1:
+            return None
+        if others:
+            entering = peeled(others[0])
+            if entering.size != losses.size or found.weights is not None:
+                return None
+            if user.name == "select_n":
+                found = dataclasses.replace(found, weights=entering, kind="where", inverted=user.inputs[1] is value)
+            elif user.name == "mul":
+                found = dataclasses.replace(found, weights=entering, kind="mul")
+            else:
+                return None
+        elif user.name not in SHAPING | {"neg", "reduce_sum", "mul"}:
+            return None
+        value = user.outputs[0]
+        if user.name == "reduce_sum" and value.size == 1:
+            return dataclasses.replace(found, total=value)
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- the guess
+
+
+def projected(program: Program, site: Site, axis: int) -> Site | Near | None:
+    """From a cross-entropy that was found, the linear cross-entropy around it, or why it is none; None where there is nothing
+    like it."""
+    logits = site.inputs[0]
+    if logits.shape[axis] < CLASSES or logits.size < LOGITS:
+        return None
+    head = _head(logits, axis)
+    if head is None:
+        return None
+    near = "linear_cross_entropy"
+    kernel, _ = head.kernel
+    if head.dot.params["precision"] is not None or head.dot.params.get("out_sharding") is not None:
+        return Near(near, "its product asks for a precision or a placement", head.dot)
+    if not accumulates(kernel) or kernel.dtype == jnp.float16:
+        return Near(near, "the logits would have to be computed twice", head.dot)
+    whole = _sum(site.outputs[0])
+    if whole is None:
+        return Near(near, "the loss of each token is used, not their sum alone", head.dot)
+    found, why = first(program, _guesses(site, head, whole))
+    return found or Near(near, why, head.dot)
+
+
+def _guesses(site: Site, head: _Head, whole: _Sum) -> Iterator[Site]:
+    kernel, classes_first = head.kernel
+    classes = kernel.shape[0 if classes_first else 1]
+    given = [head.x, kernel, *(v for v in (head.bias, whole.weights) if v is not None)]
+    for labels in integer_sources([site.inputs[1]], math.prod(site.outputs[0].shape)):
+        for sign in (-1, 1):
+            for beyond in ("nan", "nothing"):
+
+                def call(labels: Any, x: Any, kernel: Any, *more: Any, sign: int = sign, beyond: str = beyond) -> tuple[Any]:
+                    bias = more[0] if head.bias is not None else None
+                    weights = None if whole.weights is None else more[-1].reshape(-1)
+                    total = _total(head, whole, head.tokens(x), kernel, labels.reshape(-1), bias, weights, beyond)
+                    return ((sign * total).astype(whole.total.dtype).reshape(whole.total.shape),)
+
+                options = (sign, beyond, whole.kind, whole.inverted, classes_first, head.cap)
+                yield Site(
+                    "linear_cross_entropy", [labels, *given], [whole.total], call, options, head.dot, classes, additive=True
+                )
+
+
+def _total(head: _Head, whole: _Sum, x: Any, kernel: Any, labels: Any, bias: Any, weights: Any, beyond: str) -> Any:
+    _, classes_first = head.kernel
+    classes = kernel.shape[0 if classes_first else 1]
+    if weights is not None and whole.inverted:
+        weights = ~weights
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    labels = jnp.where(labels < 0, labels + classes, labels) if beyond == "nan" else labels
+    total = ops.linear_cross_entropy(
+        x, kernel, labels, bias, weights=weights, ignore_index=None,
+        soft_cap=head.cap, reduction="sum", transposed=classes_first,
+    )  # fmt: skip
+    if beyond == "nothing":
+        return total
+    none = (labels < 0) | (labels >= classes)
+    none = none & weights if whole.kind == "where" else none
+    return jnp.where(jnp.any(none), jnp.nan, total)
