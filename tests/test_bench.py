@@ -209,7 +209,7 @@ def test_bench_ops_writes_a_row_for_each_rival_and_setting(here, capsys):
     assert by["dots_saveable", "stored"]["time_ratio"] == by["checkpoint", "stored"]["time_ratio"]
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
-    for word in ("gelu  bfloat16 x [64, 32]", "jax.grad", "dots_saveable", "geometric means"):
+    for word in ("gelu  bfloat16 x [64, 32]", "jax.grad", "dots_saveable", "geometric means", "each rival, fused/stored"):
         assert word in out
 
 

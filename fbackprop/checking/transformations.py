@@ -285,7 +285,8 @@ def _mapped(subject: Subject, dy: Any, devices: Sequence[Any], group: int | None
         own = [np.asarray(result[i])[k] if m else expected[k][1][i] for i, m in enumerate(mapped)]
         pairs.append((([v[k] for v in y], own), expected[k]))
     if not all(mapped):
-        total = [sum(np.asarray(e[1][i], np.float64) for e in expected) for i in range(len(mapped))]
+        with np.errstate(all="ignore"):  # ∞ − ∞ is NaN here as it is there
+            total = [sum(np.asarray(e[1][i], np.float64) for e in expected) for i in range(len(mapped))]
         shared = [total[i] if m else result[i] for i, m in enumerate(mapped)]
         pairs.append(((expected[0][0], shared), (expected[0][0], total)))
     return pairs

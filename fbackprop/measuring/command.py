@@ -75,6 +75,8 @@ def bench_ops(options: argparse.Namespace) -> int:
     if not rows:
         raise BenchError(f"nothing was measured: {'; '.join(notes) or 'no rival of those asked for is there'}.")
     out.print(report.summary(rows))
+    if len({row["against"] for row in rows}) > 1:
+        out.print(report.rivals_table(rows))
     for note in notes:
         out.print(f"left out: {note}", style="dim", markup=False, highlight=False)
     if options.plot is not None:

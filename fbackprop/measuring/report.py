@@ -10,7 +10,7 @@ from rich.table import Table
 from fbackprop.measuring.programs import SETTINGS
 from fbackprop.measuring.times import geometric_mean
 
-__all__ = ["Row", "block", "mebibytes", "opponents", "score", "summary"]
+__all__ = ["Row", "block", "mebibytes", "opponents", "rivals_table", "score", "summary"]
 
 Row = dict[str, Any]
 
@@ -62,6 +62,22 @@ def summary(rows: Sequence[Row]) -> Table:
     table.caption = "slower: rows whose interval lies wholly below 0.95" + ("; *: recomputes by design" if starred else "")
     table.caption_justify = "left"
     table.caption_style = "dim"
+    return table
+
+
+def rivals_table(rows: Sequence[Row]) -> Table:
+    """A line for each op, a column for each rival: geometric means of the time ratios over its workloads, fused / stored."""
+    table = Table(box=None, padding=(0, 1, 0, 0), title="each rival, fused/stored", title_justify="left")
+    rivals = list(dict.fromkeys(row["against"] for row in rows))
+    for head in ("op", *rivals):
+        short = head.replace("dots_with_no_batch_dims", "no_batch").removesuffix("_saveable")
+        table.add_column(short, justify="left" if head == "op" else "right", header_style="dim")
+    for op in dict.fromkeys(row["op"] for row in rows):
+        cells = []
+        for against in rivals:
+            chosen = [row for row in rows if row["op"] == op and row["against"] == against]
+            cells.append("/".join(_number(score(chosen, setting)) for setting in SETTINGS) if chosen else "–")
+        table.add_row(op, *cells)
     return table
 
 

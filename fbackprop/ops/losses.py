@@ -341,9 +341,14 @@ class _SoftSaved(NamedTuple):
     where: jax.Array | None
 
 
+def _impossible(z: jax.Array, t: jax.Array) -> jax.Array:
+    """A class of weight zero costs nothing, however impossible it is: 0 · ∞ counts as 0."""
+    return (t == 0) & (z == -jnp.inf)
+
+
 def _surprise(z: jax.Array, normalizer: Normalizer, t: jax.Array) -> jax.Array:
-    """lse − z = −log p. A class of weight zero costs nothing, however impossible it is: 0 · ∞ counts as 0."""
-    return jnp.where((t == 0) & (z == -jnp.inf), 0, -normalizer.log_probability(z))
+    """lse − z = −log p."""
+    return jnp.where(_impossible(z, t), 0, -normalizer.log_probability(z))
 
 
 def _soft(logits: ArrayLike, labels: ArrayLike, axis: Any, where: jax.Array | None) -> tuple[jax.Array, Normalizer]:
@@ -369,13 +374,13 @@ def _soft_backward(saved: _SoftSaved, dy: jax.Array, *, axis: int | Sequence[int
     z, t = wide(_below_infinity(logits)), wide(labels)
     g = jnp.expand_dims(wide(dy), canonical_axes("", axis, logits.ndim))
     g = jnp.where(_infinite(normalizer, logits.dtype), 0, g)
-    p = normalizer.probability(z)
-    if where is not None:
-        p, t = jnp.where(where, p, 0), jnp.where(where, t, 0)
-    total = jnp.sum(jnp.broadcast_to(t, z.shape), axis, keepdims=True)
-    dlogits = (p * total - t) * g
+    counted = t if where is None else jnp.where(where, t, 0)
+    counted = jnp.where(_impossible(z, t), 0, counted)  # is 0 already, and stays 0 where the backward is differentiated
+    total = jnp.sum(jnp.broadcast_to(counted, z.shape), axis, keepdims=True)
+    dlogits = (normalizer.probability(z) * total - counted) * g
     dlabels = _surprise(z, normalizer, t) * g
-    dlabels = dlabels if where is None else jnp.where(where, dlabels, 0)
+    if where is not None:
+        dlogits, dlabels = jnp.where(where, dlogits, 0), jnp.where(where, dlabels, 0)
     floating = jnp.issubdtype(labels.dtype, jnp.inexact)
     return dlogits, sum_to(dlabels, labels.shape) if floating else None, None
 
