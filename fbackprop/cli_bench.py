@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from fbackprop.cli_aot import bench_aot
+from fbackprop.cli_gpu import bench_gpu
 from fbackprop.options import FLOATS, array, dtype, file, one_of, picture, positive, several, static, whole
 
 __all__ = ["bench"]
@@ -192,7 +193,7 @@ def _run_bench_scaling(arguments: argparse.Namespace) -> int:
     return bench_scaling(arguments)
 
 
-BENCHES: tuple[Callable[[Any], None], ...] = (_bench_ops, _bench_models, _bench_scaling, bench_aot)
+BENCHES: tuple[Callable[[Any], None], ...] = (_bench_ops, _bench_models, _bench_scaling, bench_aot, bench_gpu)
 """What ``bench`` measures; as SUBCOMMANDS."""
 
 

@@ -10,7 +10,7 @@ from fbackprop.measuring.programs import SETTINGS
 from fbackprop.measuring.report import Row, opponents, score
 from fbackprop.measuring.times import geometric_mean
 
-__all__ = ["draw_models", "draw_ops", "draw_scaling"]
+__all__ = ["draw_gpu", "draw_models", "draw_ops", "draw_scaling"]
 
 _COLORS = {"fused": BLUE, "stored": ORANGE}
 
@@ -75,6 +75,38 @@ def draw_models(rows: Sequence[Row], path: pathlib.Path, device: str) -> None:
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.minorticks_off()
         axes[0].legend(frameon=False, loc="lower right", fontsize=9, ncols=2, bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
+
+
+_SIDES = {"ours": GREEN, "accelerated": BLUE, "flax": FAINT}
+
+
+def draw_gpu(rows: Sequence[Row], path: pathlib.Path, device: str) -> None:
+    """Bars for each model and variant: tokens a second, and peak memory."""
+    rows = [row for row in rows if "tokens_per_second" in row]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    counts = [sum(row["model"] == model for row in rows) for model in models]
+    height = 1.2 + 0.3 * sum(counts) + 0.5 * len(models)
+    with picture(path, 9.5, height, f"language models under training ({device})") as figure:
+        grid = figure.subplots(len(models), 2, squeeze=False, height_ratios=counts, sharey="row")
+        for model, (speed, memory) in zip(models, grid):
+            own = sorted((row for row in rows if row["model"] == model), key=lambda row: -row["tokens_per_second"])
+            colors = [_SIDES[row["variant"].partition(" ")[0]] for row in own]
+            tokens = [row["tokens_per_second"] for row in own]
+            texts = [f"{row['tokens_per_second']:,.0f}  ({row['mfu']:.0%})" for row in own]
+            unit, name = (2**30, "GiB") if max(row["peak_bytes"] or 0 for row in own) >= 2**30 else (2**20, "MiB")
+            peaks = [(row["peak_bytes"] or math.nan) / unit for row in own]
+            for axis, values, told, title in (
+                (speed, tokens, texts, f"{model}: tokens a second (utilization)"),
+                (memory, peaks, [f"{peak:.2f}" for peak in peaks], f"peak memory, {name}"),
+            ):
+                axis.barh(range(len(own)), values, height=0.7, color=colors)
+                beside: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
+                for place, (value, text) in enumerate(zip(values, told)):
+                    axis.annotate(text, (value, place), fontsize=7.5, color=INK, **beside)
+                plain(axis, title)
+                axis.set_xlim(0, 1.3 * max(v for v in values if not math.isnan(v)))
+                axis.set_yticks(range(len(own)), [row["variant"] for row in own])
+            speed.set_ylim(len(own) - 0.4, -0.6)
 
 
 def _bars(axis: Any, values: Sequence[float], offset: float, color: str, label: str) -> None:

@@ -23,7 +23,7 @@ from fbackprop.measuring.rivals import POLICIES, Absent
 from fbackprop.measuring.times import interleave, ratio
 from fbackprop.measuring.twins import Model, Side, ours
 
-__all__ = ["AGAINST", "Plan", "measure", "table"]
+__all__ = ["AGAINST", "Plan", "Runner", "compiled_step", "measure", "table"]
 
 _RATE = 1e-3
 _FIRST = 3  # steps whose losses are compared
@@ -51,6 +51,7 @@ class Runner(NamedTuple):
     compile_seconds: float | None = None
     temp_bytes: int | None = None
     flops: int | None = None
+    argument_bytes: int | None = None
 
 
 def measure(model: Model, plan: Plan, notes: dict[str, None]) -> list[dict[str, Any]]:
@@ -102,7 +103,7 @@ def measure(model: Model, plan: Plan, notes: dict[str, None]) -> list[dict[str, 
 
 def _runner(name: str, model: Model, own: Side, batch: Any) -> Runner:
     if name == "ours":
-        return _compiled(own, batch)
+        return compiled_step(own, batch)
     library, _, policy = name.partition(" ")
     if library.startswith("torch"):
         from fbackprop.measuring.twins.torch_side import torch_side
@@ -113,7 +114,7 @@ def _runner(name: str, model: Model, own: Side, batch: Any) -> Runner:
         if library == "equinox":
             from fbackprop.measuring.twins.equinox_side import equinox_side
 
-            return _compiled(equinox_side(model, own.params, chosen), batch)
+            return compiled_step(equinox_side(model, own.params, chosen), batch)
         from fbackprop.measuring.twins.flax_side import flax_side
     except ImportError as error:
         raise Absent(f"{error.name} is not installed") from None
@@ -122,10 +123,12 @@ def _runner(name: str, model: Model, own: Side, batch: Any) -> Runner:
         from fbackprop.accelerating import accelerate
 
         side = side._replace(loss=accelerate(side.loss))
-    return _compiled(side, batch)
+    return compiled_step(side, batch)
 
 
-def _compiled(side: Side, batch: Any) -> Runner:
+def compiled_step(side: Side, batch: Any) -> Runner:
+    """Loss, gradient and plain SGD as one program, from copies of the side's parameters and state."""
+
     def update(params: Any, state: Any, batch: Any) -> Any:
         (loss, state), gradient = jax.value_and_grad(side.loss, has_aux=True)(params, state, batch)
         return loss, jax.tree.map(lambda p, g: p - _RATE * g, params, gradient), state
@@ -144,7 +147,8 @@ def _compiled(side: Side, batch: Any) -> Runner:
         return loss
 
     memory = program.memory_analysis()
-    return Runner(step, seconds, getattr(memory, "temp_size_in_bytes", None), matmul_flops(traced.jaxpr))
+    temporaries, arguments = (getattr(memory, f"{what}_size_in_bytes", None) for what in ("temp", "argument"))
+    return Runner(step, seconds, temporaries, matmul_flops(traced.jaxpr), arguments)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
