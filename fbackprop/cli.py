@@ -38,6 +38,7 @@ stopped.
 examples:
   fbackprop train digits-cnn
   fbackprop train stdlib-gpt --out runs/code && fbackprop generate runs/code --prompt 'def '
+  fbackprop train book.txt --layers 4 --width 256 --heads 8 --length 256 --batch 8
   fbackprop train measurements.csv --epochs 50 --lr 0.001 --out runs/first
   fbackprop train measurements.csv --epochs 80 --out runs/first --resume
 
@@ -103,6 +104,11 @@ def _train(subparsers: Any) -> None:
     add("--batch", type=whole(1), metavar="N", help="examples in a step (default: the preset's)")
     add("--lr", type=positive, metavar="RATE", help="learning rate, the peak where it decays (default: the preset's)")
     add("--optimizer", metavar="NAME", help="sgd, momentum, adam, adamw, lion, rmsprop, … (default: the preset's)")
+    add("--model", metavar="NAME", help="for text and tokens: a GPT of a size that has a name, such as gpt2-124m")
+    add("--layers", type=whole(1), metavar="N", help="blocks of a language model; also, in place of the preset's or model's:")
+    add("--width", type=whole(1), metavar="N", help="features of its stream; the preset's rate falls with them")
+    add("--heads", type=whole(1), metavar="N", help="heads of attention")
+    add("--length", type=whole(1), metavar="N", help="tokens of a window")
     add("--dtype", metavar="NAME", help="what to compute in: float32, bfloat16 (with float32 parameters) or float64")
     add("--seed", type=whole(0), metavar="N", help="decides initial weights, order and dropout (default: 0)")
     add("--out", metavar="DIR", help="where the files go; it must not hold a run yet (default: a new runs/PRESET-N)")

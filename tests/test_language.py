@@ -17,6 +17,7 @@ from fbackprop.data import DataError, Windows
 from fbackprop.models import generate, gpt, lstm_lm
 from fbackprop.training import command, language, presets
 from fbackprop.training.batches import Batches
+from fbackprop.training.checkpoints import RunError
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5], [2, 6, 5, 3, 0]])
 LSTM = lstm_lm(7, 4, 2)
@@ -327,3 +328,70 @@ def test_digits_resnet_learns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("train", "digits-resnet", "--out", "run") == 0
     assert json.loads(pathlib.Path("run/metrics.json").read_text())["test_accuracy"] > 0.98
+
+
+@pytest.mark.slow
+def test_the_size_of_a_model_is_an_option_and_part_of_the_run(small, capsys):
+    size = ("--layers", 2, "--width", 24, "--heads", 3, "--length", 12)
+    assert run("train", "sums.txt", "--steps", 2, "--batch", 4, "--out", "own", *size) == 0
+    config = json.loads(pathlib.Path("own/config.json").read_text())
+    assert config["size"] == {"layers": 2, "width": 24, "heads": 3, "length": 12}
+    assert {name: config["recipe"]["options"][name] for name in config["size"]} == config["size"]
+    assert config["lr"] == pytest.approx(4e-3 * 16 / 24)  # the preset here is 16 wide
+    assert run("train", "sums.txt", "--steps", 3, "--out", "own", "--resume") == 0
+    assert json.loads(pathlib.Path("own/metrics.json").read_text())["steps"] == 3
+    assert run("generate", "own", "--prompt", "1 and", "--tokens", 3) == 0
+
+
+def test_a_run_is_resumed_with_the_size_it_began_with(tmp_path):
+    preset = presets.file_preset("book.txt")
+    (tmp_path / "config.json").write_text(json.dumps({"size": {"layers": 4, "width": 512}}))
+    resumed, size = command._sized(preset, command.Options("book.txt", layers=4), tmp_path)
+    assert size == {"layers": 4, "width": 512}
+    assert resumed.lr == preset.lr / 2
+    with pytest.raises(RunError, match=r"cannot be resumed with --layers 3: the run began with 4\."):
+        command._sized(preset, command.Options("book.txt", layers=3), tmp_path)
+    with pytest.raises(RunError, match=r"with --heads 8: the run began with the preset's\."):
+        command._sized(preset, command.Options("book.txt", heads=8), tmp_path)
+    assert command._sized(preset, command.Options("book.txt"), None) == (preset, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ("sums.txt", "--width", 30, "--heads", 4),
+            "no model of this size: GPT: width 30 does not divide into 4 heads.",
+        ),
+        (("sums.txt", "--width", 6), "rope turns pairs of features"),
+        (("sums.txt", "--model", "gpt3"), "there is no language model 'gpt3'; known are gpt2-124m, "),
+        (("stdlib-lstm", "--heads", 2), "--heads is for a GPT; this preset trains an LSTM."),
+        (("digits-cnn", "--layers", 2), "--layers is for language models; digits-cnn trains none."),
+        (("sums.txt", "--length", 4000), "sums.txt: "),
+        (
+            ("many.bin", "--model", "llama-1b", "--layers", 1),
+            "tokens go up to 200000; the model has a vocabulary of 128256.",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit(small, capsys, arguments, says):
+    np.append(np.arange(4000, dtype="<u4"), np.uint32(200000)).tofile("many.uint32.bin")
+    given = [a.replace("many.bin", "many.uint32.bin") if isinstance(a, str) else a for a in arguments]
+    assert run("train", *given, "--out", "no") == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not pathlib.Path("no").exists()
+
+
+def test_a_model_with_a_name_takes_its_form_and_its_windows():
+    preset = presets.file_preset("book.bin")
+    assert preset.sized is not None
+    named = language._options("gpt", {"model": "gpt2-124m", "layers": 1})
+    assert (named["layers"], named["width"], named["length"], named["vocabulary"]) == (1, 768, 1024, 50257)
+    assert preset.sized({"model": "gpt2-124m"}).lr == pytest.approx(preset.lr / 3)
+    llama = language._recipe("gpt", language._options("gpt", {"model": "llama-1b", "layers": 1}), text=False)
+    again = language.from_recipe(json.loads(json.dumps(llama)))  # as a run's folder holds it
+    assert again.rope_scaling == (32.0, 1.0, 4.0, 8192)
+    assert llama == json.loads(json.dumps(llama))
+    assert hash(again)

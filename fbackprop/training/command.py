@@ -20,6 +20,7 @@ from fbackprop.training.batches import Batches
 from fbackprop.training.checkpoints import RunError
 from fbackprop.training.fit import Fit, Stopped, fit
 from fbackprop.training.gradients import gradient_errors
+from fbackprop.training.language import SIZE
 from fbackprop.training.optimizers import make_optimizer
 from fbackprop.training.presets import PRESETS, file_preset
 from fbackprop.training.progress import percent
@@ -46,6 +47,11 @@ class Options:
     seed: int | None = None
     out: str | None = None
     resume: bool = False
+    model: str | None = None
+    layers: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    length: int | None = None
 
 
 def train(options: Options) -> int:
@@ -61,7 +67,9 @@ def train(options: Options) -> int:
     if options.steps is not None and options.epochs is not None:
         raise RunError("--steps and --epochs are both given; expected one of the two.")
     directory = _directory(options)
+    preset, size = _sized(preset, options, directory if options.resume else None)
     config = _config(options, preset, None if directory is None or not options.resume else directory)
+    config |= {"size": size} if size else {}
     try:  # an unknown name is refused before the data are read
         make_optimizer(config["optimizer"], 1.0)
     except ValueError as error:
@@ -132,6 +140,20 @@ def _preset(name: str) -> Preset:
     near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.5)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise RunError(f"there is no preset {name!r}{hint}; known are {', '.join(PRESETS)}, or the path of a file.")
+
+
+def _sized(preset: Preset, options: Options, resumed: pathlib.Path | None) -> tuple[Preset, dict[str, Any]]:
+    """The preset with a model of the size that is asked for, by default that of the run that is resumed."""
+    given = {name: getattr(options, name) for name in SIZE if getattr(options, name) is not None}
+    saved = {} if resumed is None else (read_json(resumed / "config.json") or {}).get("size") or {}
+    if given and preset.sized is None:
+        raise RunError(f"--{next(iter(given))} is for language models; {preset.name} trains none.")
+    for name, value in given.items() if resumed is not None else ():
+        if saved.get(name) != value:
+            began = saved.get(name, "the preset's")
+            raise RunError(f"{resumed} cannot be resumed with --{name} {value}: the run began with {began}.")
+    size = saved | given
+    return (preset.sized(size) if size and preset.sized is not None else preset), size
 
 
 def _directory(options: Options) -> pathlib.Path | None:

@@ -55,6 +55,7 @@ class Preset:
     dtype: str = "float32"
     half_life: int | None = None  # epochs in which the rate halves; None: it stays
     schedule: Callable[[float, int], optax.ScalarOrSchedule] | None = None  # of lr and steps an epoch, in place of half_life
+    sized: "Callable[[Mapping[str, Any]], Preset] | None" = None  # the same with a model of another size
 
     def rate(self, lr: float, per_epoch: int) -> optax.ScalarOrSchedule:
         """The learning rate as a function of the step. It knows nothing of the end of the run: a run that is extended
