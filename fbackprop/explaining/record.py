@@ -7,7 +7,7 @@ pytree that leaves and enters jitted functions. ``steps`` reads the record op ca
 import dataclasses
 import functools
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,10 @@ import numpy as np
 
 from fbackprop.explaining.program import Program, is_float
 from fbackprop.rules import Rule
+
+if TYPE_CHECKING:
+    from fbackprop.explaining.chains import Chain
+    from fbackprop.explaining.jacobians import Jacobians
 
 __all__ = ["Explanation", "Kept", "Leaf", "Source", "Step", "Structure"]
 
@@ -51,7 +55,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array among the arguments. ``label`` is its name in sources: the path alone for the first
+    """One array among the arguments. ``label`` is its name in sources and in ``chain``: the path alone for the first
     argument, "x" or "batch/x" with the name of the argument for another."""
 
     label: str
@@ -295,17 +299,44 @@ class Explanation:
     @property
     def agrees(self) -> bool:
         """Whether the gradients are those of ``jax.grad`` of the function with its rules, but for rounding."""
-        gradients = {leaf.label: self.values[leaf.gradient] for leaf in self.leaves if leaf.gradient is not None}
-        sizes = {label: float(jnp.max(jnp.abs(d), initial=0)) for label, d in gradients.items()}
+        gradients = {g.label: np.asarray(self.values[g.gradient], np.float64) for g in self.leaves if g.gradient is not None}
+        sizes = {label: float(np.abs(d).max(initial=0)) for label, d in gradients.items()}
         most = max(sizes.values(), default=0.0)
         # The narrowest dtype that anything is computed in decides what rounding is.
         eps = max(float(jnp.finfo(t.dtype).eps) for t in self.structure.program.types if is_float(t))
-        return all(bool(d <= eps * (64 * sizes[label] + 4 * most)) for label, d in self.differences.items())
+        return all(float(d) <= eps * (64 * sizes[label] + 4 * most) for label, d in self.differences.items())
 
     @property
     def kept_bytes(self) -> int:
         """Bytes that the op calls keep for the backward, each array once."""
         return sum(step.kept_bytes for step in self.steps)
+
+    def chain(
+        self, place: str, *, argument: int | str | None = None, paths: int = 4096, largest: int = 16, entries: int = 2**22
+    ) -> "Chain":
+        """The factors of the chain rule for one element of an argument, and the sum over all paths.
+
+        Args:
+          place: an element by the label of its array and its index: ``"layers/0/kernel[0, 0]"`` in the first argument,
+            ``"x[1]"`` in the argument x; ``"bias"`` alone for a scalar.
+          argument: the place or the name of the argument that ``place`` is a path in; by default labels are as in ``leaves``.
+          paths: where there are more, the sum is shown in vector form and only some of the largest paths are listed.
+          largest: how many paths to look for then.
+          entries: local derivatives that may be computed to count the paths; where there are more, they are not counted.
+        Returns:
+          A ``Chain``.
+        Raises:
+          ValueError: where there is no such element, or where it is not of a floating-point dtype.
+        """
+        from fbackprop.explaining.chains import chain
+
+        return chain(self, place, argument, paths, largest, entries)
+
+    @functools.cached_property
+    def _jacobians(self) -> "Jacobians":
+        from fbackprop.explaining.jacobians import Jacobians
+
+        return Jacobians(self)
 
     def __repr__(self) -> str:
         return f"Explanation of {self.name}: {len(self.structure.steps)} steps, {len(self.leaves)} arrays among the arguments"

@@ -62,10 +62,10 @@ def explain(fn: Callable[..., Any], *args: Any, cotangent: Any = None, has_aux: 
     record = _Writing(program, arrays, constants)
     record.forward()
     gradients = record.backward(cotangents)
-    expected = _expected(flat, program, arrays, cotangents)
+    differences = _differences(flat, arrays, cotangents, gradients)
     others = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
     given = _Arguments(tree, others, tuple(places), tuple(labels[i] for i in places))
-    return record.explanation(name, given, outputs_of[0], cotangents, gradients, expected, has_aux)
+    return record.explanation(name, given, outputs_of[0], cotangents, gradients, differences, has_aux)
 
 
 class _Arguments(NamedTuple):
@@ -137,13 +137,13 @@ def _cotangents(name: str, program: Program, tree: Any, given: Any, has_aux: boo
     return [jnp.asarray(d, t.dtype) if is_float(t) and d is not None else None for d, t in zip(flat, own)] + rest
 
 
-def _expected(flat: Any, program: Program, arrays: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-    """What ``jax.grad`` gives for each floating-point array, by the rules as they run outside of a record."""
+def _differences(flat: Any, arrays: Sequence[Any], cotangents: Sequence[Any], gradients: Sequence[Any]) -> list[Any]:
+    """By how much each gradient differs from what ``jax.grad`` gives by the rules as they run outside of a record."""
     moved = [i for i, a in enumerate(arrays) if is_float(a)]
     wanted = [i for i, d in enumerate(cotangents) if d is not None]
 
     @jax.jit
-    def gradient(arrays: list[Any], dys: list[Any]) -> Any:
+    def compared(arrays: list[Any], dys: list[Any], gradients: list[Any]) -> list[Any]:
         def of(*floats: Any) -> list[Any]:
             given = list(arrays)
             for i, value in zip(moved, floats):
@@ -151,10 +151,10 @@ def _expected(flat: Any, program: Program, arrays: Sequence[Any], cotangents: Se
             results = flat(*given)
             return [results[i] for i in wanted]
 
-        return jax.vjp(of, *(arrays[i] for i in moved))[1](dys)
+        expected = jax.vjp(of, *(arrays[i] for i in moved))[1](dys)
+        return [jnp.max(jnp.abs(d - e), initial=0) for d, e in zip(gradients, expected)]
 
-    found = iter(gradient(list(arrays), [cotangents[i] for i in wanted]))
-    return [next(found) if i in moved else None for i in range(len(arrays))]
+    return compared(list(arrays), [cotangents[i] for i in wanted], [gradients[i] for i in moved])
 
 
 # One op call, compiled once for all calls that are alike, also where nothing else is compiled.
@@ -239,16 +239,13 @@ class _Writing:
     # The record.
 
     def explanation(
-        self, name: str, args: _Arguments, output_tree: Any, cotangents: Any, gradients: Any, expected: Any, has_aux: bool
+        self, name: str, args: _Arguments, output_tree: Any, cotangents: Any, gradients: Any, differences: Any, has_aux: bool
     ) -> Explanation:
         program, table = self.program, _Table()
         leaves = tuple(
             Leaf(label, argument, path, jax.ShapeDtypeStruct(a.shape, a.dtype), table.place(a), table.optional(d))
             for (label, argument, path), a, d in zip(args.labels, (self.known[v] for v in program.arguments), gradients)
         )
-        differences = {
-            leaf.label: jnp.max(jnp.abs(d - e), initial=0) for leaf, d, e in zip(leaves, gradients, expected) if d is not None
-        }
         sources = sources_of(program, [leaf.label for leaf in leaves])
         steps, seen = [], set()
         for number, node in enumerate(program.nodes):
@@ -260,7 +257,8 @@ class _Writing:
             tuple(table.place(self.known[v]) for v in program.outputs), tuple(sources[v] for v in program.outputs), output_tree,
             tuple(map(table.optional, cotangents)), has_aux,
         )  # fmt: skip
-        return Explanation(tuple(table.arrays), differences, structure)
+        labels = [leaf.label for leaf in leaves if leaf.gradient is not None]
+        return Explanation(tuple(table.arrays), dict(zip(labels, differences)), structure)
 
     def _step(self, number: int, node: Node, call: Call, sources: Any, leaves: Any, table: "_Table", seen: set[int]) -> StepAt:
         known, saved = self.known, self.saved[number]
