@@ -252,6 +252,44 @@ def test_attention_of_flax():
     check(fn, module.init(KEY, x), x, seen, ops=ATTENTION, tolerance=1e-4)
 
 
+def capped(q, k, v, squash=jnp.tanh):
+    z = jnp.einsum("bqhd,bkhd->bhqk", q, k) * 0.3
+    z = 20.0 * squash(z / 20)
+    z = jnp.where(jnp.tril(jnp.ones((6, 6), bool))[None, None], z, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(z), v)
+
+
+def with_bias(q, k, v, bias, mask):
+    z = jnp.einsum("bqhd,bkhd->bhqk", q, k) + bias[None]
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(mask, 5 * jnp.tanh(z / 5), -1e9)), v)
+
+
+@pytest.mark.parametrize(
+    ("fn", "more"),
+    [
+        pytest.param(capped, (), id="cap"),
+        pytest.param(lambda q, k, v, b: jax.nn.dot_product_attention(q, k, v, bias=b), [normal(1, 4, 6, 6)], id="bias"),
+        pytest.param(
+            lambda q, k, v, b, m: by_einsum(q, k, v + 0 * b[0, 0, 0, 0], m), [normal(1, 4, 6, 6), normal(2, 1, 6, 6) > 0],
+            id="mask beside something else", marks=slow,
+        ),
+        pytest.param(
+            lambda q, k, v, b, m: jax.nn.dot_product_attention(q, k, v, bias=b, mask=m, is_causal=False),
+            [normal(1, 4, 6, 6), normal(2, 1, 6, 6) > -1], id="bias and mask", marks=slow,
+        ),
+    ],
+)  # fmt: skip
+def test_attention_with_a_cap_or_a_bias(fn, more):
+    check(fn, *qkv(2, 6, 4, 5), *more, ops=ATTENTION)
+
+
+def test_another_cap_is_left():
+    assert ops_of(functools.partial(capped, squash=lambda z: jnp.tanh(z) ** 3), *qkv(2, 6, 4, 5)) == []
+    assert ops_of(functools.partial(capped, squash=lambda z: jnp.tanh(1.1 * z)), *qkv(2, 6, 4, 5)) == ATTENTION
+    # A cap of logits with the bias in them is another function than a bias on capped logits.
+    assert ops_of(with_bias, *qkv(2, 6, 4, 5), normal(4, 6, 6), normal(2, 1, 6, 6) > -1) == []
+
+
 # -------------------------------------------------------------------------------------------------------- dense layers
 
 

@@ -1,4 +1,5 @@
-"""Finds attention: two batched matrix products, and between them a softmax over the keys.
+"""Finds attention: two batched matrix products, and between them a softmax over the keys, with a cap, a bias and a mask or
+without.
 
 Which axis is what follows from the products and from the classes of axes in between. The scale is measured: with twice the
 logits, differences of log p change by as much as the scaled logits do.
@@ -12,8 +13,8 @@ import numpy as np
 
 from fbackprop import ops
 from fbackprop.accelerating.evaluation import Axes, Unknown, evaluate, is_elementwise
-from fbackprop.accelerating.program import Equation, Program, Value, region
-from fbackprop.accelerating.sites import REDUCING, SHAPING, Near, Site, first, peeled, sides
+from fbackprop.accelerating.program import Equation, Program, Region, Value, region
+from fbackprop.accelerating.sites import REDUCING, SHAPING, Near, Site, chain, first, peeled, sides
 
 __all__ = ["attentions"]
 
@@ -64,11 +65,14 @@ def _guesses(anchor: Equation, side: int, scores: Equation) -> Iterator[Site]:
     z, weights, value = scores.outputs[0], anchor.inputs[side], anchor.inputs[1 - side]
     if any(e.params.get("precision") is not None for e in (anchor, scores)):
         return
-    others = _others(weights, z)
-    if len(others) > 1 or any(v.dtype != np.bool_ for v in others):
+    others = sorted(_others(weights, z), key=lambda v: v.is_float)  # a mask, then a bias
+    if [v.is_float for v in others] not in ([], [False], [True], [False, True]):
+        return
+    if any(v.dtype != np.bool_ for v in others if not v.is_float):
         return
     found = region([z, *others], [weights])
-    if found is None:
+    cap = None if found is None else _cap(found)
+    if found is None or cap == 0:
         return
     try:
         axes = Axes(found)
@@ -90,14 +94,25 @@ def _guesses(anchor: Equation, side: int, scores: Equation) -> Iterator[Site]:
         layout = _layout(plan, axes, z, weights, value, contracted[0], rows, value_contracted[0], value_batch, side)
         if layout is None:
             continue
-        scale = _scale(found, axes, z, weights, keys[0])
+        scale = _scale(found, axes, z, weights, keys[0], 0.5 if cap is None else 1e-5)  # where the cap is a line
         if scale is None:
             return
         query, key = scores.inputs[order], scores.inputs[1 - order]
         # Where only a mask is told, a query that sees nothing must get what the program gives it.
-        kinds = ("mask", "mask or mean") if others else ("causal", "plain") if z.shape[keys[0]] > 1 else ("plain",)
+        masked = any(not v.is_float for v in others)
+        kinds = ("mask", "mask or mean") if masked else ("causal", "plain") if z.shape[keys[0]] > 1 else ("plain",)
         for kind in kinds:
-            yield _site(anchor, query, key, value, others, scale, kind, plan, layout, axes, z, weights)
+            yield _site(anchor, query, key, value, others, scale, cap, kind, plan, layout, axes, z, weights)
+
+
+def _cap(found: Region) -> float | None:
+    """c where the logits become c · tanh(logits / c); None where no tanh is on their way, 0 where it is another one."""
+    squashed = [e for e in found.equations if e.name == "tanh" and id(e.outputs[0]) in found.moving]
+    if not squashed:
+        return None
+    scaled = chain(squashed[0].outputs[0], lambda e: e.name == "mul" or e.name in SHAPING, most=3)
+    numbers = [v.number for s in scaled if s.maker is not None and s.maker.name == "mul" for v in s.maker.inputs]
+    return next((n for n in numbers if n is not None and n > 0), 0.0) if len(squashed) == 1 else 0.0
 
 
 class _Plan:
@@ -159,11 +174,11 @@ def _name(axes: Axes, z: Value, queries: list[int], weights: Value, w: int, firs
     return next((n for n, a in enumerate(queries, first) if z.shape[a] != 1 and _same(axes, z, a, weights, w)), -1)
 
 
-def _scale(found: Any, axes: Axes, z: Value, weights: Value, keys: int) -> float | None:
-    """The factor of the logits inside of the softmax."""
+def _scale(found: Any, axes: Axes, z: Value, weights: Value, keys: int, size: float) -> float | None:
+    """The factor of the logits inside of the softmax, measured with logits of a size."""
     shape = axes.shape(z)
     rng = np.random.default_rng(2)
-    near = rng.normal(size=shape) * 0.5
+    near = rng.normal(size=shape) * size
     given = [np.ones(axes.shape(v), v.dtype) for v in found.inputs[1:]]
     try:
         one, two = (evaluate(found, axes, [near * n, *given])[0] for n in (1.0, 2.0))
@@ -197,18 +212,18 @@ def _scale(found: Any, axes: Axes, z: Value, weights: Value, keys: int) -> float
 
 
 def _site(
-    anchor: Equation, query: Value, key: Value, value: Value, others: list[Value], scale: float, kind: str, plan: _Plan,
-    layout: tuple[list[int], list[int]], axes: Axes, z: Value, weights: Value,
+    anchor: Equation, query: Value, key: Value, value: Value, others: list[Value], scale: float, cap: float | None, kind: str,
+    plan: _Plan, layout: tuple[list[int], list[int]], axes: Axes, z: Value, weights: Value,
 ) -> Site:  # fmt: skip
     to_value, of_out = layout
     batches = len(plan.in_z["batch"])
     groups = len(plan.in_z["query"]) == 2
     dtype = anchor.outputs[0].dtype
-    mask_axes = None
-    if others:
-        mask_axes = _mask_axes(others[0], z, axes)
+    names = ["bias" if v.is_float else "mask" for v in others]
+    order = [*plan.in_z["batch"], *plan.in_z["query"], *plan.in_z["key"]]
+    along = [_axes_along(v, z, order, axes) for v in others]
 
-    def call(q: Any, k: Any, v: Any, *masks: Any) -> tuple[Any]:
+    def call(q: Any, k: Any, v: Any, *more: Any) -> tuple[Any]:
         q, k, v = jnp.transpose(q, plan.q), jnp.transpose(k, plan.k), jnp.transpose(v, to_value)
         if batches == 1:
             q, k, v = (a[:, None] for a in (q, k, v))
@@ -217,9 +232,8 @@ def _site(
         if groups:
             q = jnp.swapaxes(q, 2, 3).reshape(b, heads * q.shape[3], t, q.shape[-1])
         q, k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (q, k, v))
-        given: dict[str, Any] = {"scale": scale, "is_causal": kind == "causal"}
-        if masks:
-            given["mask"] = _as_logits(masks[0], mask_axes, batches)
+        given: dict[str, Any] = {"scale": scale, "is_causal": kind == "causal", "soft_cap": cap}
+        given |= {name: _as_logits(array, own, batches, q.shape[2]) for name, array, own in zip(names, more, along)}
         out = ops.dot_product_attention(q, k, v, **given)  # [b, t, n, h]
         if kind == "mask or mean":
             # The softmax of a row that sees nothing is even, and passes no gradient to its logits.
@@ -241,24 +255,22 @@ def _site(
         out = out.reshape(out.shape[len(spare) :])
         return (jnp.expand_dims(out, [i for i, n in enumerate(of_out) if n < 0]),)
 
-    options = (kind, scale, tuple(plan.q), tuple(plan.k), tuple(to_value), tuple(of_out), mask_axes)
+    options = (kind, scale, cap, tuple(plan.q), tuple(plan.k), tuple(to_value), tuple(of_out), tuple(names), tuple(along))
     return Site(
         "dot_product_attention", [query, key, value, *others], anchor.outputs, call, options, anchor,
         whole=[(value, to_value[-1])],  # a key and a value have as many features
     )  # fmt: skip
 
 
-def _mask_axes(mask: Value, z: Value, axes: Axes) -> tuple[int | None, ...]:
-    """For each axis of z (batch, [heads], queries, keys) the axis of the mask that goes along it."""
+def _axes_along(mask: Value, z: Value, order: list[int], axes: Axes) -> tuple[int | None, ...]:
+    """For the axes of z in an order (batch, [heads], queries, [groups], keys) those of a mask or bias that go along them."""
     return tuple(
-        next((m for m in range(len(mask.shape)) if mask.shape[m] != 1 and axes.together(z, a, mask, m)), None)
-        for a in range(len(z.shape))
+        next((m for m in range(len(mask.shape)) if mask.shape[m] != 1 and axes.together(z, a, mask, m)), None) for a in order
     )
 
 
-def _as_logits(mask: Any, along: tuple[int | None, ...] | None, batches: int) -> Any:
+def _as_logits(mask: Any, along: tuple[int | None, ...], batches: int, heads: int) -> Any:
     """[B, N, T, S], with axes of length 1 where the mask does not depend on them."""
-    assert along is not None
     used = [a for a in along if a is not None]
     rest = [m for m in range(mask.ndim) if m not in used]
     mask = jnp.transpose(mask, [*rest, *used])
@@ -266,6 +278,9 @@ def _as_logits(mask: Any, along: tuple[int | None, ...] | None, batches: int) ->
         raise ValueError("an axis of the mask is not one of the logits")
     lengths = iter(mask.shape[len(rest) :])
     mask = mask.reshape([next(lengths) if a is not None else 1 for a in along])
-    if mask.ndim == 5:
-        raise ValueError("a mask with grouped heads")
-    return mask if batches == 2 else mask[:, None]
+    mask = mask if batches == 2 else mask[:, None]
+    if mask.ndim == 5:  # [B, K, T, G, S]
+        mask = jnp.swapaxes(mask, 2, 3).reshape(mask.shape[0], -1, mask.shape[2], mask.shape[4])
+        if mask.shape[1] not in (1, heads):
+            raise ValueError("a mask or bias that is the same for all heads of a group, or for all groups")
+    return mask

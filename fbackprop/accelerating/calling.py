@@ -85,10 +85,10 @@ def accelerate(fn: Callable[P, R]) -> Accelerated[P, R]:
     """Gives the same function with the backward passes of this library, whatever it is written in.
 
     ``fn`` is traced as under ``jax.jit``: a model's apply or a loss, from Flax, Equinox, Haiku or plain JAX. What its program
-    computes, not what it was written with, tells what is replaced: pooling, normalizations, attention, softmax cross-entropy,
-    activations, grouped and transposed convolutions. Every replacement is proved beforehand, by evaluating both in float64;
-    what is not proved stays as it is. Differentiate the result, ``jax.grad(accelerate(loss))``, not the other way round, and
-    put ``jax.jit`` around it all.
+    computes, not what it was written with, tells what is replaced: pooling, normalizations, attention, softmax cross-entropy
+    and the projection to a large vocabulary before it, activations, recurrent networks, grouped and transposed convolutions.
+    Every replacement is proved beforehand, by evaluating both in float64; what is not proved stays as it is. Differentiate the
+    result, ``jax.grad(accelerate(loss))``, not the other way round, and put ``jax.jit`` around it all.
 
     Args:
       fn: a function of arrays and pytrees of them; leaves that are no arrays (``train=True``) are passed as they are.
