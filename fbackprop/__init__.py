@@ -15,6 +15,7 @@ from fbackprop.checking import assert_correct as assert_correct
 from fbackprop.checking import check as check
 from fbackprop.context import without_rules as without_rules
 from fbackprop.explaining import explain as explain
+from fbackprop.explaining import saved as saved
 from fbackprop.models import from_flax as from_flax
 from fbackprop.ops import *  # noqa: F403
 from fbackprop.rules import RULES as RULES
@@ -32,6 +33,7 @@ __all__ = [
     "models",
     "ops",
     "rules",
+    "saved",
     "without_rules",
 ]
 __all__ += ops.__all__

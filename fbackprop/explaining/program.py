@@ -25,13 +25,13 @@ from fbackprop import context
 from fbackprop.measuring.flops import times_run
 from fbackprop.rules import Rule, Saved, _run_forward
 
-__all__ = ["Call", "Node", "Program", "is_float", "traced"]
+__all__ = ["Call", "Node", "Program", "inside", "is_float", "paths_of", "scan_counts", "traced"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """What is known of an op call without its arrays. ``kept`` tells for each array that the forward saves its name and
-    what it is: ("input", i) or ("output", i), or None where it is made for the backward."""
+    """What is known of an op call without its arrays. ``kept`` tells for each array that the forward saves its name,
+    what it is, ("input", i) or ("output", i) or None where it is made for the backward, and its type."""
 
     rule: Rule
     static: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Call:
     out_tree: Any
     types: tuple[Any, ...]  # of the outputs
     precision: Any
-    kept: tuple[tuple[str, tuple[str, int] | None], ...]
+    kept: tuple[tuple[str, tuple[str, int] | None, Any], ...]
 
     @functools.cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -171,7 +171,7 @@ def mark(rule: Rule, dynamic: tuple[Any, ...], static: tuple[Any, ...]) -> Any:
     call = Call(
         rule, static, tree, out_tree, tuple(v.aval for v in outputs),
         jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
-        tuple((name, known.get(id(v))) for name, v in zip(names, kept)),
+        tuple((name, known.get(id(v)), v.aval) for name, v in zip(names, kept)),
     )  # fmt: skip
     return jax.tree.unflatten(out_tree, _op.bind(*leaves, call=call))
 
@@ -258,15 +258,15 @@ class _Flattening:
         name, params = equation.primitive.name, equation.params
         if equation.primitive is _op:
             return self._node(params["call"].rule.name, given, equation, call=params["call"])
-        if not any(times_run(p, _op.name) for p in _inside(params)):
+        if not any(times_run(p, _op.name) for p in inside(params)):
             return self._node(
                 str(params.get("name") or name).strip("_<>"), given, equation, run=functools.partial(_bound, equation)
             )
         if name == "scan":
             return self._unrolled(params, given)
         if name in _INLINED:
-            return self._inlined(_inside(params)[0], given)
-        first = next(c for p in _inside(params) if (c := _first_op(p)))
+            return self._inlined(inside(params)[0], given)
+        first = next(c for p in inside(params) if (c := _first_op(p)))
         _refuse(first.rule.name, *_REFUSED.get(name, (f"inside of {name}", "call it outside of that")))
 
     def _node(self, name: str, given: list[int], equation: Any, **more: Any) -> list[int]:
@@ -282,7 +282,7 @@ class _Flattening:
 
     def _unrolled(self, params: dict[str, Any], given: list[int]) -> list[int]:
         body, length = params["jaxpr"], params["length"]
-        fixed, carried = _scan_counts(params)
+        fixed, carried = scan_counts(params)
         slices = []
         for whole in given[fixed + carried :]:
             aval = self.types[whole]
@@ -317,7 +317,7 @@ def _bound(equation: Any, *given: Any) -> list[Any]:
     return list(out) if equation.primitive.multiple_results else [out]
 
 
-def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """How many inputs of a scan stay the same, and how many are carried."""
     if "ft_in" in params:  # jax 0.12
         fixed, carried = (len(part) for part in params["ft_in"].unpack()[:2])
@@ -325,7 +325,7 @@ def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     return params["num_consts"], params["num_carry"]
 
 
-def _inside(params: dict[str, Any]) -> list[Any]:
+def inside(params: dict[str, Any]) -> list[Any]:
     """The programs that stand inside of an equation."""
     leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda p: hasattr(p, "eqns") or isinstance(p, ClosedJaxpr))
     return [p for p in leaves if hasattr(p, "eqns") or isinstance(p, ClosedJaxpr)]
@@ -336,7 +336,7 @@ def _first_op(program: Any) -> Call | None:
     for equation in jaxpr.eqns:
         if equation.primitive is _op:
             return equation.params["call"]
-        for inner in _inside(equation.params):
+        for inner in inside(equation.params):
             if (found := _first_op(inner)) is not None:
                 return found
     return None

@@ -7,6 +7,9 @@ pytree that leaves and enters jitted functions. ``steps`` reads the record op ca
 import dataclasses
 import functools
 import inspect
+import os
+import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -337,6 +340,51 @@ class Explanation:
         from fbackprop.explaining.jacobians import Jacobians
 
         return Jacobians(self)
+
+    def text(self, lang: str = "en", *, chains: Sequence[str] = (), width: int = 100) -> str:
+        """All of it as text; ``print(explanation)`` shows the same.
+
+        Args:
+          lang: "en" or "ko".
+          chains: places such as "layers/0/kernel[0, 0]", whose chains of factors are shown too.
+          width: of a line.
+        Raises:
+          ValueError: where there is no such language or place. TypeError: where the values are traced.
+        """
+        from fbackprop.explaining.rendering import text
+
+        return text(self, lang, chains, width)
+
+    def latex(self, lang: str = "en", *, chains: Sequence[str] = (), file: str | os.PathLike[str] | None = None) -> str:
+        """All of it as a LaTeX document, for xelatex or pdflatex (Korean: kotex). Written to ``file`` too, where one is named.
+
+        Arguments and errors as for ``text``.
+        """
+        from fbackprop.explaining.rendering import latex
+
+        return latex(self, lang, chains, file)
+
+    def html(self, lang: str = "en", *, chains: Sequence[str] = (), file: str | os.PathLike[str] | None = None) -> str:
+        """All of it as a page that needs no network, with the picture. Written to ``file`` too, where one is named.
+
+        Arguments and errors as for ``text``.
+        """
+        from fbackprop.explaining.rendering import html
+
+        return html(self, lang, chains, file)
+
+    def graph(self, file: str | os.PathLike[str], lang: str = "en") -> pathlib.Path:
+        """Draws the flow of values and gradients into a file, .svg or .png, and returns its path.
+
+        Raises:
+          ValueError: where the file's name ends otherwise, or where there is no such language.
+        """
+        from fbackprop.explaining.graph import write_graph
+
+        return write_graph(self, file, lang)
+
+    def __str__(self) -> str:
+        return self.text()
 
     def __repr__(self) -> str:
         return f"Explanation of {self.name}: {len(self.structure.steps)} steps, {len(self.leaves)} arrays among the arguments"

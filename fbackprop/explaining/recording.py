@@ -18,7 +18,7 @@ from fbackprop.explaining.program import Call, Node, Program, is_float, paths_of
 from fbackprop.explaining.record import Explanation, KeptAt, Leaf, Source, StepAt, Structure
 from fbackprop.rules import Rule, Saved, _run_backward, _run_forward
 
-__all__ = ["explain"]
+__all__ = ["explain", "labels_of", "name_of"]
 
 
 def explain(fn: Callable[..., Any], *args: Any, cotangent: Any = None, has_aux: bool = False, **kwargs: Any) -> Explanation:
@@ -39,9 +39,9 @@ def explain(fn: Callable[..., Any], *args: Any, cotangent: Any = None, has_aux: 
     """
     if not callable(fn):
         raise TypeError(f"explain: expected a function, got {type(fn).__name__}.")
-    name = _name(fn)
+    name = name_of(fn)
     leaves, tree = jax.tree.flatten((args, kwargs))
-    labels = _labels(fn, args, kwargs)
+    labels = labels_of(fn, args, kwargs)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, float) or hasattr(leaf, "dtype")]
     arrays = [_array(name, leaves[i], labels[i][0]) for i in places]
     outputs_of: list[Any] = []
@@ -77,7 +77,7 @@ class _Arguments(NamedTuple):
     labels: tuple[tuple[str, int | str, str], ...]  # of the arrays: label, argument, path in it
 
 
-def _name(fn: Any) -> str:
+def name_of(fn: Any) -> str:
     while isinstance(fn, functools.partial):
         fn = fn.func
     name = getattr(fn, "__name__", None) or type(fn).__name__
@@ -90,7 +90,7 @@ def _array(name: str, leaf: Any, label: str) -> Any:
     return jnp.asarray(leaf)
 
 
-def _labels(fn: Any, args: Any, kwargs: Any) -> list[tuple[str, int | str, str]]:
+def labels_of(fn: Any, args: Any, kwargs: Any) -> list[tuple[str, int | str, str]]:
     """For each leaf of the arguments its label, its argument and its path in it."""
     try:
         names = [p.name for p in inspect.signature(fn).parameters.values() if p.kind is not p.VAR_POSITIONAL]
@@ -264,7 +264,7 @@ class _Writing:
         known, saved = self.known, self.saved[number]
         values, kept = [], []
         parameters = {leaf.label for leaf in leaves if leaf.argument == 0}
-        for (label, alias), value, rank in zip(call.kept, saved.values, saved.record.ranks):
+        for (label, alias, _), value, rank in zip(call.kept, saved.values, saved.record.ranks):
             number_of = None if alias is None else (node.inputs if alias[0] == "input" else node.outputs)[alias[1]]
             if value.ndim == rank + 1 and value.shape[0] == 0:  # not needed, so not kept
                 values.append(table.place(value))
