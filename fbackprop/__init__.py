@@ -5,12 +5,15 @@ also returns what the backward needs, and a backward. ``jax.grad`` runs the back
 ``op.backward`` run the halves without it; ``without_rules(fn)`` is the twin that JAX differentiates itself.
 """
 
+from fbackprop import alternatives as alternatives
 from fbackprop import context as context
 from fbackprop import layers as layers
 from fbackprop import models as models
 from fbackprop import ops as ops
 from fbackprop import rules as rules
 from fbackprop.accelerating import accelerate as accelerate
+from fbackprop.alternatives import relevance as relevance
+from fbackprop.alternatives import with_rules as with_rules
 from fbackprop.checking import assert_correct as assert_correct
 from fbackprop.checking import check as check
 from fbackprop.context import without_rules as without_rules
@@ -24,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RULES",
     "accelerate",
+    "alternatives",
     "assert_correct",
     "check",
     "context",
@@ -32,8 +36,10 @@ __all__ = [
     "layers",
     "models",
     "ops",
+    "relevance",
     "rules",
     "saved",
+    "with_rules",
     "without_rules",
 ]
 __all__ += ops.__all__

@@ -136,7 +136,7 @@ def subject_of(
         raise ValueError(f"check: {name} was given no floating-point array, so there is nothing to differentiate.")
     options = tuple((key, type(value), value) for key, value in static.items())
     call = Call(tree, tuple(kinds), tuple(constants), options)
-    judged = getattr(rule, "exact", True) if exact is None else exact
+    judged = getattr(rule, "exact", not hasattr(fn, "own_rules")) if exact is None else exact
     leaves = tuple(floats), tuple(arrays), tuple(names), tuple(groups), tuple(array_names)
     return Subject(name, fn, reference, told, judged, call, *leaves, judged_at_kinks)
 
@@ -145,6 +145,8 @@ def _reference(fn: Callable[..., Any]) -> tuple[Callable[..., Any], str, bool]:
     """The definition that a function carries with it, how it is called in a report, and whether it is judged at kinks."""
     if rule := getattr(fn, "rule", None):
         return _twin(rule.reference), "its reference", True
+    if original := getattr(fn, "own_rules", None):  # of with_rules
+        return _twin(original), "its definition", True
     inner: Any = fn
     while inner is not None:
         if isinstance(inner, (jax.custom_vjp, jax.custom_jvp)):
