@@ -13,7 +13,7 @@ import jax
 import fbackprop as fb
 from fbackprop.measuring import interleave, ratio
 
-SIZES = {"layers": 4, "width": 256, "heads": 8, "length": 256, "batch": 8, "vocabulary": 256, "rounds": 12, "seconds": 60}
+SIZES = {"layers": 4, "width": 256, "heads": 8, "length": 256, "batch": 8, "vocabulary": 256, "rounds": 12, "seconds": 20}
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     explain, seconds = compiled(lambda *args: fb.explain(model.loss, *args))
     record = explain(*args)  # type: ignore[operator]
     values = sum(leaf.nbytes for leaf in jax.tree.leaves(record))
-    print(f"{record}: compiled in {seconds:.1f} s, {values / 2**20:.0f} MiB, agrees with jax.grad: {record.agrees}")
+    print(f"{record!r}: compiled in {seconds:.1f} s, {values / 2**20:.0f} MiB, agrees with jax.grad: {record.agrees}")
     calls = (lambda: explain(*args)), (lambda: step(*args))  # type: ignore[operator]
     longer, shorter = interleave(calls, given.rounds, 0.01, given.seconds, settled=True)
     print(f"an explanation takes {ratio(longer, shorter)} times a step of {1e3 * sorted(shorter)[len(shorter) // 2]:.0f} ms")

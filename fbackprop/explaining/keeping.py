@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from fbackprop.context import without_rules
+from fbackprop.explaining.calling import labels_of, name_of
 from fbackprop.explaining.hints import hints, size
 from fbackprop.explaining.program import Program, traced
-from fbackprop.explaining.recording import labels_of, name_of
 from fbackprop.explaining.residuals import Residual, residuals
 from fbackprop.measuring.flops import matmul_flops
 

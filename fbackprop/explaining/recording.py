@@ -6,19 +6,20 @@ another way: a rule that is wrong is recorded wrong.
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbackprop.explaining.program import Call, Node, Program, is_float, paths_of, traced
-from fbackprop.explaining.record import Explanation, KeptAt, Leaf, Source, StepAt, Structure
+from fbackprop.explaining.calling import Arguments, labels_of, name_of
+from fbackprop.explaining.program import Call, Node, Program, is_float, traced
+from fbackprop.explaining.record import Explanation, KeptAt, Leaf, StepAt, Structure
+from fbackprop.explaining.sources import layer_of, sources_of
 from fbackprop.rules import Rule, Saved, _run_backward, _run_forward
 
-__all__ = ["explain", "labels_of", "name_of"]
+__all__ = ["explain"]
 
 
 def explain(fn: Callable[..., Any], *args: Any, cotangent: Any = None, has_aux: bool = False, **kwargs: Any) -> Explanation:
@@ -64,50 +65,14 @@ def explain(fn: Callable[..., Any], *args: Any, cotangent: Any = None, has_aux: 
     gradients = record.backward(cotangents)
     differences = _differences(flat, arrays, cotangents, gradients)
     others = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
-    given = _Arguments(tree, others, tuple(places), tuple(labels[i] for i in places))
+    given = Arguments(tree, others, tuple(places), tuple(labels[i] for i in places))
     return record.explanation(name, given, outputs_of[0], cotangents, gradients, differences, has_aux)
-
-
-class _Arguments(NamedTuple):
-    """The arguments of a call without their arrays."""
-
-    tree: Any
-    others: tuple[Any, ...]  # each leaf that is no array, None in the place of one
-    places: tuple[int, ...]  # of the arrays among the leaves
-    labels: tuple[tuple[str, int | str, str], ...]  # of the arrays: label, argument, path in it
-
-
-def name_of(fn: Any) -> str:
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    name = getattr(fn, "__name__", None) or type(fn).__name__
-    return "the function" if name == "<lambda>" else name
 
 
 def _array(name: str, leaf: Any, label: str) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise TypeError(f"explain: {label} of {name} is a ShapeDtypeStruct; a record has values, so give an array.")
     return jnp.asarray(leaf)
-
-
-def labels_of(fn: Any, args: Any, kwargs: Any) -> list[tuple[str, int | str, str]]:
-    """For each leaf of the arguments its label, its argument and its path in it."""
-    try:
-        names = [p.name for p in inspect.signature(fn).parameters.values() if p.kind is not p.VAR_POSITIONAL]
-    except (TypeError, ValueError):
-        names = []
-    given = [*enumerate(args), *sorted(kwargs.items())]
-    found: list[tuple[str, int | str, str]] = []
-    taken: set[str] = set()
-    for argument, tree in given:
-        name = argument if isinstance(argument, str) else names[argument] if argument < len(names) else f"argument {argument}"
-        for path in paths_of(tree):
-            label = path if argument == 0 and path else f"{name}/{path}" if path else name
-            if label in taken:
-                label = f"argument {argument}/{path}" if path else f"argument {argument}"
-            taken.add(label)
-            found.append((label, argument, path))
-    return found
 
 
 def _cotangents(name: str, program: Program, tree: Any, given: Any, has_aux: bool) -> list[Any]:
@@ -239,7 +204,7 @@ class _Writing:
     # The record.
 
     def explanation(
-        self, name: str, args: _Arguments, output_tree: Any, cotangents: Any, gradients: Any, differences: Any, has_aux: bool
+        self, name: str, args: Arguments, output_tree: Any, cotangents: Any, gradients: Any, differences: Any, has_aux: bool
     ) -> Explanation:
         program, table = self.program, _Table()
         leaves = tuple(
@@ -291,7 +256,7 @@ class _Writing:
             tuple(kept),
             tuple((n, table.optional(d)) for n, d in zip(call.outputs, dys)),
             tuple((n, table.optional(d)) for n, d in zip(call.inputs, found)),
-            _layer([source for _, source in inputs], parameters),
+            layer_of([source for _, source in inputs], parameters),
             number in self.upstream,
             jax.tree.structure(saved),
             tuple(values),
@@ -317,38 +282,3 @@ class _Table:
 
 def _zeros(kind: Any) -> Any:
     return jnp.zeros(kind.shape, kind.dtype) if is_float(kind) else np.zeros(kind.shape, jax.dtypes.float0)
-
-
-def sources_of(program: Program, labels: Sequence[str]) -> dict[int, Source]:
-    """Where every value of a program comes from."""
-    found = {v: Source((label,)) for v, label in zip(program.arguments, labels)}
-    found.update({v: Source() for v in (*program.constants, *program.literals)})
-    step = 0
-    for node in program.nodes:
-        if node.call is not None:
-            found.update((v, Source((), ((step, name),))) for v, name in zip(node.outputs, node.call.outputs))
-            step += 1
-            continue
-        parts = [found[v] for v in node.inputs]
-        leaves = tuple(dict.fromkeys(label for part in parts for label in part.leaves))
-        steps = tuple(sorted({place for part in parts for place in part.steps}))
-        through = tuple(dict.fromkeys(name for part in parts for name in part.through))
-        for i, v in enumerate(node.outputs):
-            name = f"[{i}]" if node.name == "unstack" else node.name
-            found[v] = Source(leaves, steps, (*through, name) if leaves or steps else ())
-    return found
-
-
-def _layer(sources: Sequence[Source], parameters: set[str]) -> str:
-    """The common path of the parameters that go into a call."""
-    own = [s for s in sources if not s.steps and len(s.leaves) == 1 and s.leaves[0] in parameters]
-    parents = [s.leaves[0].split("/")[:-1] for s in own]
-    if not parents:
-        return ""
-    common = []
-    for parts in zip(*parents):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    entries = {"".join(n for n in s.through if n.startswith("[")) for s in own}
-    return "/".join(common) + (entries.pop() if len(entries) == 1 else "")
