@@ -1,4 +1,4 @@
-"""Ten models of other people's libraries, as they are and accelerated: sites, agreement, time, memory.
+"""Thirteen models of other people's libraries, as they are and accelerated: sites, agreement, time, memory.
 
     python benchmarks/accelerate.py [--models flax-cnn …] [--tiny] [--rounds 12] [--json FILE]
 
@@ -88,6 +88,12 @@ class Gpt(nn.Module):
             x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x), mask=mask)
             x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
         return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
+
+
+def flax_gpt_words(tiny: bool) -> Model:
+    """The vocabulary of GPT-2; the tiny one is as large as it must be for its projection to be replaced."""
+    model, text = Gpt(1, 8, 2, 4096) if tiny else Gpt(2, vocabulary=50257), tokens(*(4, 257, 4096) if tiny else (4, 257, 50257))
+    return lambda v, text: next_token_loss(model.apply(v, text), text), (jax.jit(model.init)(KEY, text), text)
 
 
 def flax_gpt(tiny: bool) -> Model:
@@ -373,6 +379,7 @@ def jax_mlp(tiny: bool) -> Model:
 MODELS: dict[str, Callable[[bool], Model]] = {
     "flax-cnn": flax_cnn,
     "flax-gpt": flax_gpt,
+    "flax-gpt-50k": flax_gpt_words,
     "flax-resnet": flax_resnet,
     "flax-unet": flax_unet,
     "flax-lstm": flax_lstm,

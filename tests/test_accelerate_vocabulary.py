@@ -62,6 +62,11 @@ def tied(x, kernel, bias, labels):
     return -jnp.take_along_axis(jax.nn.log_softmax(jnp.einsum("btd,vd->btv", x, table)), labels[..., None], -1).mean()
 
 
+def cut_later(x, kernel, bias, labels):
+    logp = jax.nn.log_softmax(jnp.dot(x, kernel))
+    return -jnp.take_along_axis(logp[:, :-1], labels[:, 1:, None], axis=-1).mean()
+
+
 def one_hot(x, kernel, bias, labels):
     return -(jax.nn.one_hot(labels, V) * jax.nn.log_softmax(x @ kernel)).sum(-1).mean()
 
@@ -80,8 +85,22 @@ def widened(x, kernel, bias, labels):
 
 @pytest.mark.parametrize(
     "loss",
-    [mean, with_bias, next_token, next_token_flat, weighted, masked, left_out, tied, one_hot, capped, mapped, widened],
-)
+    [
+        mean,
+        with_bias,
+        next_token,
+        next_token_flat,
+        weighted,
+        masked,
+        left_out,
+        tied,
+        cut_later,
+        one_hot,
+        capped,
+        mapped,
+        widened,
+    ],
+)  # fmt: skip
 def test_a_projection_and_its_loss_become_one(loss, request):
     run = fb.accelerate(loss)
     assert [f.op for f in run.traced(*arrays())[0].program.found] == [LINEAR]

@@ -6,13 +6,14 @@ of product, cross-entropy and sum.
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from fbackprop import ops
 from fbackprop.accelerating.evaluation import is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Value
-from fbackprop.accelerating.projecting import projected
+from fbackprop.accelerating.projecting import moved, projected
 from fbackprop.accelerating.sites import SHAPING, Near, Site, chain, first, integer_sources, sides, source
 
 __all__ = ["cross_entropies"]
@@ -28,15 +29,15 @@ def cross_entropies(program: Program, taken: set[int]) -> Iterator[Site | Near]:
             continue
         wanted = exponential.outputs[0].shape
         logits = itertools.islice(source(exponential.inputs[0], functools.partial(_has_shape, wanted)), 3)
-        ends = [v for v in chain(anchor.outputs[0], _onward, most=14) if v.size == summed.outputs[0].size and v.is_float]
+        axis = int(summed.params["axes"][0])
+        ends = _ends(anchor.outputs[0], wanted, axis)
         if not ends:
             continue
-        axis = int(summed.params["axes"][0])
         site, why = first(program, _guesses(program, list(logits), ends, axis, anchor))
         if site is not None:
-            merged = projected(program, site, axis)
+            merged = projected(program, site, axis, next(cuts for v, cuts in ends if v is site.outputs[0]))
             yield from (site,) if merged is None else (merged,) if isinstance(merged, Site) else (merged, site)
-        elif any(_enters(v) for v in ends):
+        elif any(_enters(v) for v, _ in ends):
             yield Near("softmax_cross_entropy", why, anchor)
 
 
@@ -44,8 +45,27 @@ def _has_shape(shape: tuple[int, ...], value: Value) -> bool:
     return value.is_float and value.shape == shape
 
 
+Cuts = tuple[Equation, ...]
+
+
+def _ends(logarithm: Value, logits: tuple[int, ...], axis: int) -> list[tuple[Value, Cuts]]:
+    """What may be the loss of each row, and the slices of rows before it, of arrays in the shape of the logits."""
+    found, cuts, rows = [], [], [n for i, n in enumerate(logits) if i != axis]
+    for v in chain(logarithm, _onward, most=14):
+        maker = v.maker
+        if maker is not None and maker.name == "slice":
+            given = maker.inputs[0].shape
+            if maker.params["strides"] is not None or len(given) != len(logits) or v.shape[axis] != logits[axis]:
+                break
+            cuts.append(maker)
+            rows = [n for i, n in enumerate(v.shape) if i != axis]
+        if v.is_float and v.size == math.prod(rows):
+            found.append((v, tuple(cuts)))
+    return found
+
+
 def _onward(equation: Equation) -> bool:
-    return equation.name in SHAPING | {"reduce_sum", "gather"} or is_elementwise(equation)
+    return equation.name in SHAPING | {"reduce_sum", "gather", "slice"} or is_elementwise(equation)
 
 
 def _enters(value: Value) -> bool:
@@ -65,24 +85,28 @@ def _back_to(value: Value, name: str) -> Equation | None:
     return None
 
 
-def _guesses(program: Program, logits: list[Value], ends: list[Value], axis: int, anchor: Equation) -> Iterator[Site]:
-    for x, out in itertools.product(logits, reversed(ends)):
+def _guesses(
+    program: Program, logits: list[Value], ends: list[tuple[Value, Cuts]], axis: int, anchor: Equation
+) -> Iterator[Site]:
+    for x, (out, cuts) in itertools.product(logits, reversed(ends)):
         entering = sides(out, [x])
         if not entering or len({id(v) for v, _ in entering}) > 3:
             continue
         for v, _ in entering:
-            if v.is_float and v.shape == x.shape:
+            if v.is_float and v.shape == x.shape and not cuts:
                 yield from _soft(x, v, out, axis, anchor)
         rows = out.size
         for labels in integer_sources([v for v, _ in entering], rows):
-            yield from _integer(x, labels, out, axis, anchor)
+            yield from _integer(x, labels, out, axis, anchor, cuts)
 
 
-def _integer(x: Value, labels: Value, out: Value, axis: int, anchor: Equation) -> Iterator[Site]:
+def _integer(x: Value, labels: Value, out: Value, axis: int, anchor: Equation, cuts: Cuts) -> Iterator[Site]:
     classes = x.shape[axis]
     for sign in (1, -1):
 
         def call(x: Any, labels: Any, sign: int = sign) -> tuple[Any]:
+            for cut in cuts:
+                x, _ = moved(cut, x, axis)
             rows = tuple(n for i, n in enumerate(x.shape) if i != axis)
             loss = ops.softmax_cross_entropy_with_integer_labels(x, labels.reshape(rows), axis=axis)
             shape = _shape(out, x, axis, rows)

@@ -10,7 +10,7 @@ need one more, so that these are left; and so are vocabularies of which the logi
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from fbackprop.accelerating.program import Equation, Program, Value
 from fbackprop.accelerating.sites import SHAPING, Near, Site, constant, first, integer_sources, peeled
 from fbackprop.ops._vocabulary import accumulates
 
-__all__ = ["projected"]
+__all__ = ["moved", "projected"]
 
 CLASSES = 4096  # fewer are left to the plain cross-entropy
 LOGITS = 1 << 22  # and so are fewer logits than these
@@ -56,11 +56,12 @@ class _Head:
         at = x.ndim - 1 if self.side == 0 else 0  # the axis of the classes, of the features here
         x = jnp.moveaxis(x, contracted, at)
         for move in self.moves:
-            x, at = _moved(move, x, at)
+            x, at = moved(move, x, at)
         return jnp.moveaxis(x, at, -1).reshape(-1, x.shape[at])
 
 
-def _moved(move: Equation, x: Any, at: int) -> tuple[Any, int]:
+def moved(move: Equation, x: Any, at: int) -> tuple[Any, int]:
+    """x moved as an equation moves the logits, and where its axis ``at``, which need not be as long as theirs, is then."""
     p, shape = move.params, move.inputs[0].shape
     if move.name == "transpose":
         order = [int(a) for a in p["permutation"]]
@@ -206,15 +207,16 @@ def _sum(losses: Value) -> _Sum | None:
 # -------------------------------------------------------------------------------------------------------------- the guess
 
 
-def projected(program: Program, site: Site, axis: int) -> Site | Near | None:
+def projected(program: Program, site: Site, axis: int, cuts: Sequence[Equation]) -> Site | Near | None:
     """From a cross-entropy that was found, the linear cross-entropy around it, or why it is none; None where there is nothing
-    like it."""
+    like it. ``cuts``: slices of its tokens behind the logits."""
     logits = site.inputs[0]
     if logits.shape[axis] < CLASSES or logits.size < LOGITS:
         return None
     head = _head(logits, axis)
     if head is None:
         return None
+    head = dataclasses.replace(head, moves=(*head.moves, *cuts))
     near = "linear_cross_entropy"
     kernel, _ = head.kernel
     if head.dot.params["precision"] is not None or head.dot.params.get("out_sharding") is not None:
