@@ -6,6 +6,7 @@ also returns what the backward needs, and a backward. ``jax.grad`` runs the back
 """
 
 from fbackprop import alternatives as alternatives
+from fbackprop import compositions as compositions
 from fbackprop import context as context
 from fbackprop import layers as layers
 from fbackprop import models as models
@@ -16,9 +17,13 @@ from fbackprop.alternatives import relevance as relevance
 from fbackprop.alternatives import with_rules as with_rules
 from fbackprop.checking import assert_correct as assert_correct
 from fbackprop.checking import check as check
+from fbackprop.compositions import *  # noqa: F403
 from fbackprop.context import without_rules as without_rules
 from fbackprop.explaining import explain as explain
 from fbackprop.explaining import saved as saved
+from fbackprop.hosting import to_equinox as to_equinox
+from fbackprop.hosting import to_flax as to_flax
+from fbackprop.hosting import to_nnx as to_nnx
 from fbackprop.models import from_flax as from_flax
 from fbackprop.ops import *  # noqa: F403
 from fbackprop.rules import RULES as RULES
@@ -30,6 +35,7 @@ __all__ = [
     "alternatives",
     "assert_correct",
     "check",
+    "compositions",
     "context",
     "explain",
     "from_flax",
@@ -38,8 +44,11 @@ __all__ = [
     "ops",
     "relevance",
     "rules",
+    "to_equinox",
+    "to_flax",
+    "to_nnx",
     "saved",
     "with_rules",
     "without_rules",
 ]
-__all__ += ops.__all__
+__all__ += ops.__all__ + compositions.__all__

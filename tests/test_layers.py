@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+import pathlib
+import re
 import types
 
 import jax
@@ -158,6 +160,8 @@ def test_every_layer_has_a_case():
             yield from inside(own)
 
     covered = {name for case in CASES for name in inside(case.layer)} | {"Layer", "Tape", "serial", "residual"}
+    others = pathlib.Path(__file__).with_name("test_layers_breadth.py").read_text(encoding="utf-8")
+    covered |= set(re.findall(r"\b(?:layers\.)?(\w+)\(", others))
     public = {name for name, value in vars(layers).items() if not name.startswith("_")}
     assert {n for n in public if not isinstance(getattr(layers, n), types.ModuleType)} <= covered
 

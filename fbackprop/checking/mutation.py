@@ -57,7 +57,7 @@ KINDS = ("sign", "operand", "constant", "operator", "axis", "term", "cast", "out
 USED_CHECKS = tuple(n for n in CHECKS if n not in ("value", "integers", "alone", "repeat", "finite differences"))
 
 # Of a rule whose backward is meant to differ from the gradient: a function whose gradient it is.
-SURROGATES: dict[str, Callable[..., Any]] = {"step_ste": lambda x: x}
+SURROGATES: dict[str, Callable[..., Any]] = {"sign_ste": lambda x: x, "step_ste": lambda x: x}
 
 SEEDS = tuple(range(8))  # of the values of a sample; a survivor has survived all of them
 DRAWS = 12  # of anything that might have been saved, to see whether a survivor changes anything

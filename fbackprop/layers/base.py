@@ -143,6 +143,10 @@ class OpLayer(Layer):
         """The parameters' shapes, for inputs whose last axis has ``width`` elements."""
         return {}
 
+    def shapes_for(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The same for inputs of this shape, where more than the last axis counts."""
+        return self.shapes(shape[-1] if shape else 0)
+
     def initial_state(self, width: int) -> State:
         return ()
 
@@ -162,7 +166,7 @@ class OpLayer(Layer):
         shape = jnp.shape(x)
         self._require_rank(shape)
         width = shape[-1] if shape else 0
-        shapes = self.shapes(width)
+        shapes = self.shapes_for(shape)
         if shapes and key is None:
             raise ValueError(f"{self.name}.init: key is None; expected a random key, such as jax.random.key(0).")
         if shapes and not width and self.min_ndim:
@@ -220,7 +224,7 @@ class OpLayer(Layer):
             raise ValueError(f"{self.name}: params has the leaves {got}, expected {sorted(expected)} (layer {self!r}).")
         x = jnp.asarray(x)
         self._require_rank(x.shape)
-        shapes = self.shapes(x.shape[-1] if x.ndim else 0)
+        shapes = self.shapes_for(x.shape)
         for leaf, value in params.items():
             if jnp.shape(value) != shapes[leaf]:
                 raise ValueError(

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from fbackprop.layers.activations import Activation
 from fbackprop.layers.base import Layer, Params, State, Tape
-from fbackprop.layers.fixed import Activation
 
 __all__ = ["Residual", "Serial", "residual", "serial"]
 
@@ -97,7 +97,7 @@ def serial(*layers: Any) -> Serial:
     Raises:
       TypeError: where something is neither a layer nor an op.
     """
-    return Serial(tuple(_as_layer("serial", layer) for layer in layers))
+    return Serial(tuple(as_layer("serial", layer) for layer in layers))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -194,10 +194,10 @@ def residual(body: Any, shortcut: Any = None) -> Residual:
       ValueError: at ``init`` or at a call, where the shapes differ.
     Source: He et al. 2015, arXiv:1512.03385.
     """
-    return Residual(_as_layer("residual", body), None if shortcut is None else _as_layer("residual", shortcut))
+    return Residual(as_layer("residual", body), None if shortcut is None else as_layer("residual", shortcut))
 
 
-def _as_layer(who: str, layer: Any) -> Layer:
+def as_layer(who: str, layer: Any) -> Layer:
     if isinstance(layer, Layer):
         return layer
     if hasattr(layer, "rule"):

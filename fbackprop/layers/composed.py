@@ -1,4 +1,4 @@
-"""Models that are written as one function of their ops, with the tape made by JAX."""
+"""Layers and models that are written as one function of their ops, with the tape made by JAX."""
 
 from typing import Any
 
@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.layers import Layer, Tape
-from fbackprop.layers.base import Params, State
+from fbackprop.layers.base import Layer, Params, State, Tape
 
 __all__ = ["Composed"]
 

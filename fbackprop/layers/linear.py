@@ -1,4 +1,4 @@
-"""Layers that are linear in their input: Dense, Conv; and Embed, linear in its table."""
+"""Layers that are linear in their input: Dense, Conv, ConvTranspose; and Embed, linear in its table."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from fbackprop import ops
 from fbackprop.layers.base import Initializer, OpLayer, Params, State, promoted, set_option, tuples
 
-__all__ = ["Conv", "Dense", "Embed"]
+__all__ = ["Conv", "ConvTranspose", "Dense", "Embed"]
 
 _lecun_normal = initializers.lecun_normal()
 _embed_normal = initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
@@ -129,6 +129,54 @@ class Conv(_Linear):
 
     def _options(self) -> dict[str, Any]:
         names = ("strides", "padding", "input_dilation", "kernel_dilation", "feature_group_count", "precision")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class ConvTranspose(_Linear):
+    """A transposed convolution, which enlarges x by the strides, over the axes before the last.
+
+    x [..., *space, in] -> y [..., *space', features]. Parameters: kernel [*kernel_size, in, features] (with
+    ``transpose_kernel`` [*kernel_size, features, in]), bias [features].
+    Options, names, layouts and defaults are those of ``flax.linen.ConvTranspose``.
+    Raises ValueError where x has too few axes.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] | None = None
+    padding: Any = "SAME"
+    kernel_dilation: int | Sequence[int] | None = None
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = _lecun_normal
+    bias_init: Initializer = initializers.zeros
+    transpose_kernel: bool = False
+
+    op = staticmethod(ops.conv_transpose)
+
+    def __post_init__(self) -> None:
+        self._require_features()
+        for name in ("kernel_size", "strides", "kernel_dilation", "padding"):
+            set_option(self, name, tuples(getattr(self, name)))
+        require_positive(self.name, **{f"kernel_size[{i}]": k for i, k in enumerate(self._space)})
+
+    @property
+    def _space(self) -> tuple[int, ...]:
+        return (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+
+    @property
+    def min_ndim(self) -> int:  # type: ignore[override]
+        return len(self._space) + 1
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        channels = (self.features, width) if self.transpose_kernel else (width, self.features)
+        return {"kernel": (*self._space, *channels), "bias": (self.features,)}
+
+    def _options(self) -> dict[str, Any]:
+        names = ("strides", "padding", "kernel_dilation", "transpose_kernel", "precision")
         return {name: getattr(self, name) for name in names}
 
 

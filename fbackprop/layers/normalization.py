@@ -1,4 +1,4 @@
-"""Layers that normalize: LayerNorm over the features of one example, BatchNorm over the examples of a batch."""
+"""Layers that normalize: over the features of one example, over groups of them, over space, or over the examples of a batch."""
 
 import dataclasses
 from typing import Any
@@ -11,11 +11,11 @@ from jax.typing import DTypeLike
 from fbackprop import ops
 from fbackprop.layers.base import Initializer, OpLayer, Params, State, float_type
 
-__all__ = ["BatchNorm", "LayerNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
 
 class _Norm(OpLayer):
-    """What both share: optional scale and bias, and statistics in float32 or wider whatever ``dtype`` is."""
+    """What they share: optional scale and bias, and statistics in float32 or wider whatever ``dtype`` is."""
 
     epsilon: float
     dtype: DTypeLike | None
@@ -58,6 +58,71 @@ class LayerNorm(_Norm):
     scale_init: Initializer = initializers.ones
 
     op = staticmethod(ops.layer_norm)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class RMSNorm(_Norm):
+    """Gives each vector along the last axis a mean square of one, then scales it.
+
+    x [..., d] -> y [..., d]. Parameter: scale [d]. Statistics in float32 or wider.
+    Options and defaults are those of ``flax.linen.RMSNorm``. Source: Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+
+    epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_scale: bool = True
+    scale_init: Initializer = initializers.ones
+
+    op = staticmethod(ops.rms_norm)
+    use_bias = False
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class GroupNorm(_Norm):
+    """Gives each group of channels zero mean and unit variance in each example, then scales and shifts each channel.
+
+    x [b, ..., d] -> y [b, ..., d]. Parameters: scale [d], bias [d]. Statistics in float32 or wider.
+    Options and defaults are those of ``flax.linen.GroupNorm``: one of ``num_groups`` and ``group_size``.
+    Source: Wu & He 2018, arXiv:1803.08494.
+    """
+
+    num_groups: int | None = 32
+    group_size: int | None = None
+    epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+
+    op = staticmethod(ops.group_norm)
+    min_ndim = 2
+
+    def arguments(self, params: Params, x: jax.Array, state: State, key: Any, train: bool) -> tuple[dict[str, Any], Any]:
+        arguments, dtype = super().arguments(params, x, state, key, train)
+        return {**arguments, "num_groups": self.num_groups, "group_size": self.group_size}, dtype
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class InstanceNorm(_Norm):
+    """Gives each channel of each example zero mean and unit variance over space, then scales and shifts it.
+
+    x [b, *space, d] -> y [b, *space, d]. Parameters: scale [d], bias [d]. Statistics in float32 or wider.
+    Options and defaults are those of ``flax.linen.InstanceNorm``. Source: Ulyanov et al. 2016, arXiv:1607.08022.
+    """
+
+    epsilon: float = 1e-6
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+
+    op = staticmethod(ops.instance_norm)
+    min_ndim = 3
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

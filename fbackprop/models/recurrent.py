@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 
 from fbackprop import ops
 from fbackprop.layers.base import Params, State
+from fbackprop.layers.composed import Composed
 from fbackprop.layers.linear import require_positive
-from fbackprop.models.composed import Composed
 
 __all__ = ["LstmLM", "lstm_lm"]
 

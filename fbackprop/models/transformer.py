@@ -25,8 +25,8 @@ from jax.nn import initializers
 from fbackprop import ops
 from fbackprop.context import uses_references
 from fbackprop.layers.base import Params
+from fbackprop.layers.composed import Composed
 from fbackprop.layers.linear import require_positive
-from fbackprop.models.composed import Composed
 
 __all__ = ["Transformer", "rotated", "stack_blocks", "unstack_blocks"]
 

@@ -4,6 +4,7 @@ from fbackprop.ops.activations import celu as celu
 from fbackprop.ops.activations import elu as elu
 from fbackprop.ops.activations import gelu as gelu
 from fbackprop.ops.activations import hard_silu as hard_silu
+from fbackprop.ops.activations import log1mexp as log1mexp
 from fbackprop.ops.activations import log_sigmoid as log_sigmoid
 from fbackprop.ops.activations import mish as mish
 from fbackprop.ops.activations import relu_squared as relu_squared
@@ -12,8 +13,8 @@ from fbackprop.ops.activations import sigmoid as sigmoid
 from fbackprop.ops.activations import silu as silu
 from fbackprop.ops.activations import soft_sign as soft_sign
 from fbackprop.ops.activations import softplus as softplus
+from fbackprop.ops.activations import sparse_plus as sparse_plus
 from fbackprop.ops.activations import squareplus as squareplus
-from fbackprop.ops.activations import step_ste as step_ste
 from fbackprop.ops.activations import tanh as tanh
 from fbackprop.ops.adapters import lora_dense as lora_dense
 from fbackprop.ops.adaptive import adaptive_avg_pool as adaptive_avg_pool
@@ -24,13 +25,21 @@ from fbackprop.ops.attention import dot_product_attention as dot_product_attenti
 from fbackprop.ops.batch_normalization import batch_norm as batch_norm
 from fbackprop.ops.blocks import norm_dense as norm_dense
 from fbackprop.ops.blocks import residual_norm as residual_norm
+from fbackprop.ops.contraction import einsum_dense as einsum_dense
 from fbackprop.ops.convolution import conv as conv
 from fbackprop.ops.feedforward import geglu_mlp as geglu_mlp
 from fbackprop.ops.feedforward import gelu_mlp as gelu_mlp
 from fbackprop.ops.feedforward import swiglu_mlp as swiglu_mlp
 from fbackprop.ops.gated import gru as gru
+from fbackprop.ops.gating import geglu as geglu
+from fbackprop.ops.gating import glu as glu
+from fbackprop.ops.gating import reglu as reglu
+from fbackprop.ops.gating import swiglu as swiglu
 from fbackprop.ops.group_normalization import group_norm as group_norm
 from fbackprop.ops.group_normalization import instance_norm as instance_norm
+from fbackprop.ops.lengths import l2_normalize as l2_normalize
+from fbackprop.ops.lengths import safe_norm as safe_norm
+from fbackprop.ops.lengths import weight_norm as weight_norm
 from fbackprop.ops.linear import dense as dense
 from fbackprop.ops.linear import embed as embed
 from fbackprop.ops.losses import half_square as half_square
@@ -46,6 +55,7 @@ from fbackprop.ops.piecewise import hard_tanh as hard_tanh
 from fbackprop.ops.piecewise import leaky_relu as leaky_relu
 from fbackprop.ops.piecewise import relu as relu
 from fbackprop.ops.piecewise import relu6 as relu6
+from fbackprop.ops.piecewise import sparse_sigmoid as sparse_sigmoid
 from fbackprop.ops.pooling import avg_pool as avg_pool
 from fbackprop.ops.pooling import max_pool as max_pool
 from fbackprop.ops.pooling import min_pool as min_pool
@@ -57,7 +67,12 @@ from fbackprop.ops.recurrences import linear_recurrence as linear_recurrence
 from fbackprop.ops.recurrent import lstm as lstm
 from fbackprop.ops.recurrent import rnn as rnn
 from fbackprop.ops.reversing import reversible as reversible
+from fbackprop.ops.rotary import rotary_embedding as rotary_embedding
+from fbackprop.ops.spectral import spectral_scale as spectral_scale
+from fbackprop.ops.standardizing import standardize as standardize
 from fbackprop.ops.stochastic import dropout as dropout
+from fbackprop.ops.straight_through import sign_ste as sign_ste
+from fbackprop.ops.straight_through import step_ste as step_ste
 from fbackprop.ops.transposed import conv_transpose as conv_transpose
 from fbackprop.ops.vocabulary import linear_cross_entropy as linear_cross_entropy
 
@@ -72,13 +87,16 @@ __all__ = [
     "dense",
     "dot_product_attention",
     "dropout",
+    "einsum_dense",
     "elu",
     "embed",
+    "geglu",
     "geglu_mlp",
     "gelu",
     "gelu_mlp",
     "global_avg_pool",
     "global_max_pool",
+    "glu",
     "group_norm",
     "gru",
     "half_square",
@@ -86,10 +104,12 @@ __all__ = [
     "hard_silu",
     "hard_tanh",
     "instance_norm",
+    "l2_normalize",
     "layer_norm",
     "leaky_relu",
     "linear_cross_entropy",
     "linear_recurrence",
+    "log1mexp",
     "log_sigmoid",
     "log_softmax",
     "logsumexp",
@@ -100,6 +120,7 @@ __all__ = [
     "min_pool",
     "mish",
     "norm_dense",
+    "reglu",
     "relu",
     "relu6",
     "relu_squared",
@@ -107,19 +128,28 @@ __all__ = [
     "reversible",
     "rms_norm",
     "rnn",
+    "rotary_embedding",
+    "safe_norm",
     "selu",
     "sigmoid",
     "sigmoid_binary_cross_entropy",
+    "sign_ste",
     "silu",
     "soft_sign",
     "softmax",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
     "softplus",
+    "sparse_plus",
+    "sparse_sigmoid",
+    "spectral_scale",
     "squareplus",
+    "standardize",
     "step_ste",
     "sum_of_squares",
     "sum_pool",
+    "swiglu",
     "swiglu_mlp",
     "tanh",
+    "weight_norm",
 ]

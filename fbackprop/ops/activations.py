@@ -17,7 +17,8 @@
     selu          λ elu(x, α), λ and α fixed              λ where x > 0, else λ α eˣ                       x
     hard_silu     x min(max(x + 3, 0), 6) / 6             0 below −3, 1 above 3, (2 x + 3) / 6 between     x
     relu_squared  max(x, 0)²                              2 max(x, 0) = 2 √y                               y
-    step_ste      1 where x > 0, else 0                   1, by decree (straight-through), not 0           nothing
+    sparse_plus   0 below −1, x above 1, else (x + 1)²/4  0 below −1, 1 above 1, else (x + 1) / 2          x
+    log1mexp      log(1 − e⁻ˣ),  x > 0                    1 / (eˣ − 1)                                     x
 
 Φ and φ are the distribution function and the density of the standard normal distribution. Everything is computed in
 float32 or wider. Where x is narrower than float32, sigmoid and tanh keep x in place of y: a rounded y near 1 no longer
@@ -45,13 +46,14 @@ from jax.typing import ArrayLike
 from fbackprop.one_line import elementwise
 from fbackprop.ops._arithmetic import float_type, nbytes, wide
 from fbackprop.rules import rule
-from fbackprop.samples import constant, normal, positive, sample
+from fbackprop.samples import constant, normal, positive, sample, uniform
 
 __all__ = [
     "celu",
     "elu",
     "gelu",
     "hard_silu",
+    "log1mexp",
     "log_sigmoid",
     "mish",
     "relu_squared",
@@ -60,8 +62,8 @@ __all__ = [
     "silu",
     "soft_sign",
     "softplus",
+    "sparse_plus",
     "squareplus",
-    "step_ste",
     "tanh",
 ]
 
@@ -325,13 +327,34 @@ def relu_squared(x: ArrayLike) -> jax.Array:
     return jnp.square(jnp.where(x_ <= 0, 0, x_)).astype(jnp.asarray(x).dtype)
 
 
-@elementwise(lambda: jnp.float32(1.0), exact=False, keeps="nothing", minimum=lambda: 0)
-def step_ste(x: ArrayLike) -> jax.Array:
-    """The step of a perceptron, 1 where x > 0 and 0 where x ≤ 0, with a straight-through backward: dx = dy.
+@elementwise(
+    lambda x: jnp.where(x <= -1, 0, jnp.where(x >= 1, 1, 0.5 * (x + 1))),
+    samples=[sample(normal(5, 7, scale=1.5)), sample(constant(1.0, 3))],
+    minimum=_size,
+)
+def sparse_plus(x: ArrayLike) -> jax.Array:
+    """softplus of straight and square pieces: y = 0 up to −1, (x + 1)² / 4 up to 1, then x.
 
-    x [...] -> y [...], of the same dtype. The true derivative is 0 wherever it exists and teaches nothing; the
-    straight-through estimator passes the cotangent on as if the step were the identity, so this rule is *not* the
-    gradient of the step (``exact=False``). Source: Bengio, Léonard & Courville 2013, arXiv:1308.3432.
+    x [...] -> y [...], of the same dtype (integers give floats). Its slope is sparse_sigmoid.
+    Source: Martins & Astudillo 2016, arXiv:1602.02068.
     """
-    x = jnp.asarray(x)
-    return (x > 0).astype(x.dtype)
+    x_ = wide(x)
+    return jnp.where(x_ <= -1, 0, jnp.where(x_ >= 1, x_, jnp.square(x_ + 1) / 4)).astype(float_type(x))
+
+
+@elementwise(
+    lambda x: 1 / jnp.expm1(x),
+    samples=[sample(positive(5, 7)), sample(uniform(9, low=0.01, high=12.0))],
+    workloads=[sample(positive(4096, 3072), dtype=d) for d in ("float32", "bfloat16")],
+    minimum=_size,
+)
+def log1mexp(x: ArrayLike) -> jax.Array:
+    """The logarithm of the complement of a probability e⁻ˣ: y = log(1 − exp(−x)), for x > 0.
+
+    x [...] -> y [...], of the same dtype (integers give floats). −inf at 0 and NaN below.
+    Source: Mächler 2012, Accurately computing log(1 − exp(−|a|)).
+    """
+    x_ = wide(x)
+    near = x_ < math.log(2)  # each branch where it is exact, and the other kept away from log 0
+    left, right = jnp.where(near, x_, 1), jnp.where(near, 1, x_)
+    return jnp.where(near, jnp.log(-jnp.expm1(-left)), jnp.log1p(-jnp.exp(-right))).astype(float_type(x))

@@ -31,32 +31,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.ops._arithmetic import nbytes, require_float, shapes, wide, with_bias
+from fbackprop.ops._gates import gelu_and_slope, silu_and_slope
 from fbackprop.ops._matrices import outer_sum, product, product_transposed, row_sum
 from fbackprop.ops._order import again, in_turn
 from fbackprop.rules import rule
 from fbackprop.samples import normal, sample
 
 __all__ = ["geglu_mlp", "gelu_mlp", "swiglu_mlp"]
-
-
-def _silu(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """φ(z) and φ'(z)."""
-    s = jax.nn.sigmoid(z)
-    return z * s, s + z * s * (1 - s)
-
-
-def _gelu(z: jax.Array, approximate: bool) -> tuple[jax.Array, jax.Array]:
-    """φ(z) and φ'(z)."""
-    # Beyond |z| = 40 the share is 0 or 1 to the last bit of float64, and z³ must not overflow into inf · 0.
-    c = jnp.clip(z, -40, 40)
-    if approximate:
-        t = jnp.tanh(math.sqrt(2 / math.pi) * (c + 0.044715 * c**3))
-        share = 0.5 * (1 + t)
-        slope = 0.5 * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * c**2)
-    else:
-        share = 0.5 * jax.lax.erfc(-c * math.sqrt(0.5))
-        slope = jnp.exp(-0.5 * c * c) / math.sqrt(2 * math.pi)
-    return z * share, share + c * slope
 
 
 class _MlpSaved(NamedTuple):
@@ -78,17 +59,17 @@ def _mlp_forward(
 ) -> tuple[jax.Array, _MlpSaved]:
     x, up, down = jnp.asarray(x), jnp.asarray(up), jnp.asarray(down)
     h = with_bias(product(x, up, precision), up_bias)
-    a = _gelu(wide(h), approximate)[0].astype(h.dtype)
+    a = gelu_and_slope(wide(h), approximate)[0].astype(h.dtype)
     return with_bias(product(a, down, precision), down_bias), _MlpSaved(x, up, down, h)
 
 
 def _mlp_backward(saved: _MlpSaved, dy: jax.Array, *, approximate: bool, precision: Any) -> tuple[Any, ...]:
     x, up, down, h = saved
-    a = _gelu(wide(again(h, dy)), approximate)[0].astype(h.dtype)
+    a = gelu_and_slope(wide(again(h, dy)), approximate)[0].astype(h.dtype)
     ddown = outer_sum(a, dy, precision)  # aᵀ dy
     (ddown, ddown_bias), dy = in_turn((ddown, row_sum(dy)), dy)
     da = product_transposed(dy, down, precision)  # dy Dᵀ
-    dh = (wide(da) * _gelu(wide(again(h, da)), approximate)[1]).astype(h.dtype)  # da φ'(h)
+    dh = (wide(da) * gelu_and_slope(wide(again(h, da)), approximate)[1]).astype(h.dtype)  # da φ'(h)
     _, dh = in_turn((), dh)  # as it was rounded: a sum over it would otherwise want it kept in float32, too
     (dup, dup_bias), dh = in_turn((outer_sum(x, dh, precision), row_sum(dh)), dh)
     return product_transposed(dh, up, precision), dup, ddown, dup_bias, ddown_bias
@@ -226,11 +207,11 @@ def _gated_samples(*more: Any) -> dict[str, Any]:
 def _swiglu_forward(
     x: ArrayLike, gate: ArrayLike, up: ArrayLike, down: ArrayLike, *, precision: Any = None
 ) -> tuple[jax.Array, _GatedSaved]:
-    return _gated_forward(_silu, x, gate, up, down, precision)
+    return _gated_forward(silu_and_slope, x, gate, up, down, precision)
 
 
 def _swiglu_backward(saved: _GatedSaved, dy: jax.Array, *, precision: Any) -> tuple[Any, ...]:
-    return _gated_backward(_silu, saved, dy, precision)
+    return _gated_backward(silu_and_slope, saved, dy, precision)
 
 
 @rule(forward=_swiglu_forward, backward=_swiglu_backward, static=["precision"], **_gated_samples())
@@ -254,11 +235,11 @@ def swiglu_mlp(x: ArrayLike, gate: ArrayLike, up: ArrayLike, down: ArrayLike, *,
 def _geglu_forward(
     x: ArrayLike, gate: ArrayLike, up: ArrayLike, down: ArrayLike, *, approximate: bool = True, precision: Any = None
 ) -> tuple[jax.Array, _GatedSaved]:
-    return _gated_forward(lambda z: _gelu(z, approximate), x, gate, up, down, precision)
+    return _gated_forward(lambda z: gelu_and_slope(z, approximate), x, gate, up, down, precision)
 
 
 def _geglu_backward(saved: _GatedSaved, dy: jax.Array, *, approximate: bool, precision: Any) -> tuple[Any, ...]:
-    return _gated_backward(lambda z: _gelu(z, approximate), saved, dy, precision)
+    return _gated_backward(lambda z: gelu_and_slope(z, approximate), saved, dy, precision)
 
 
 @rule(

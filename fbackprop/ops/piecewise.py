@@ -6,11 +6,12 @@
     hard_tanh       min(max(x, −1), 1)                           1, else 0                        −1 ≤ x ≤ 1
     hard_sigmoid    relu6(x + 3) / 6                             1/6, else 0                      −3 < x < 3
     leaky_relu      x where x ≥ 0, else a x                      1, else a                        x ≥ 0
+    sparse_sigmoid  min(max(x + 1, 0), 2) / 2                    ½, else 0                        −1 < x < 1, half at ±1
 
     dx = dy · slope         leaky_relu: da = Σ dy · x where x < 0, the only reason to keep x
 
 Kinks, where the slope jumps, equal JAX's choice: relu'(0) = 0, relu6'(0) = relu6'(6) = 0, hard_tanh'(±1) = 1,
-leaky_relu'(0) = 1.
+leaky_relu'(0) = 1, sparse_sigmoid'(±1) = ¼, which the two bits below have a third value for.
 
 Kept: two bits an element. On a CPU a bit becomes an integer of two bits, and four of those are one byte by a change of type
 alone. The compiler undoes a change of type that is followed by its reverse: forward and backward in one program are the
@@ -31,7 +32,7 @@ from fbackprop.ops._arithmetic import float_type, nbytes, sum_to, wide
 from fbackprop.rules import rule
 from fbackprop.samples import constant, normal, sample
 
-__all__ = ["hard_sigmoid", "hard_tanh", "leaky_relu", "relu", "relu6"]
+__all__ = ["hard_sigmoid", "hard_tanh", "leaky_relu", "relu", "relu6", "sparse_sigmoid"]
 
 
 def _shifts(ndim: int) -> np.ndarray:
@@ -44,7 +45,7 @@ class _Saved(NamedTuple):
 
 
 def _packed(mask: jax.Array) -> jax.Array:
-    """Booleans [..., n] as bytes [..., ⌈n / 4⌉]."""
+    """Booleans, or numbers from 0 to 3, [..., n] as bytes [..., ⌈n / 4⌉]."""
     mask = jnp.atleast_1d(mask)
     missing = -mask.shape[-1] % 4
     padded = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, missing)])
@@ -59,14 +60,14 @@ def _packed(mask: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(fours, cpu=by_type, default=by_shifts)
 
 
-def _unpacked(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The booleans of this shape."""
+def _unpacked(bits: jax.Array, shape: tuple[int, ...], dtype: Any = bool) -> jax.Array:
+    """The booleans of this shape, or in another dtype the numbers from 0 to 3."""
 
     def by_type(bits: jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(bits, jnp.uint2).astype(bool)
+        return jax.lax.bitcast_convert_type(bits, jnp.uint2).astype(dtype)
 
     def by_shifts(bits: jax.Array) -> jax.Array:
-        return ((bits[..., None] >> _shifts(bits.ndim + 1)) & 1).astype(bool)
+        return ((bits[..., None] >> _shifts(bits.ndim + 1)) & 3).astype(dtype)
 
     fours = jax.lax.platform_dependent(bits, cpu=by_type, default=by_shifts)
     mask = fours.reshape(*bits.shape[:-1], bits.shape[-1] * 4)
@@ -180,6 +181,35 @@ def hard_sigmoid(x: ArrayLike) -> jax.Array:
     """
     x_ = wide(x)
     return jnp.where(x_ <= -3, 0, jnp.where(x_ >= 3, 1, (x_ + 3) / 6)).astype(float_type(x))
+
+
+def _sparse_sigmoid_forward(x: ArrayLike) -> tuple[jax.Array, _Saved]:
+    x = jnp.asarray(x)
+    quarters = (x >= -1).astype(jnp.uint8) + (x > -1) - (x >= 1) - (x > 1)  # of the slope: 0, 1 or 2
+    return (0.5 * jnp.clip(wide(x) + 1, 0, 2)).astype(float_type(x)), _Saved(_packed(quarters.astype(jnp.uint8)))
+
+
+def _sparse_sigmoid_backward(saved: _Saved, dy: jax.Array) -> tuple[jax.Array]:
+    g = wide(dy)
+    quarters = _unpacked(saved.bits, dy.shape, g.dtype)
+    return (jnp.where(quarters > 0, g, 0) * (quarters / 4),)
+
+
+@rule(
+    forward=_sparse_sigmoid_forward,
+    backward=_sparse_sigmoid_backward,
+    samples=[sample(normal(5, 7, scale=1.5)), sample(constant(1.0, 3))],
+    workloads=_WORKLOADS,
+    keeps=_KEEPS,
+    minimum=_bytes,
+)
+def sparse_sigmoid(x: ArrayLike) -> jax.Array:
+    """A sigmoid of straight pieces, the slope of sparse_plus: y = (x + 1) / 2 between −1 and 1, then 0 and 1.
+
+    x [...] -> y [...], of the same dtype (integers give floats). sparse_sigmoid'(±1) = ¼.
+    Source: Martins & Astudillo 2016, arXiv:1602.02068.
+    """
+    return (0.5 * jnp.clip(wide(x) + 1, 0, 2)).astype(float_type(x))
 
 
 class _LeakySaved(NamedTuple):
