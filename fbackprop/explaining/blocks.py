@@ -5,9 +5,10 @@ blocks alone. So each thing is said once and looks alike everywhere.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Block", "Details", "Formula", "Heading", "Note", "Numbers", "Paragraph", "Picture", "Table"]
+__all__ = ["Block", "Details", "Formula", "Heading", "Note", "Numbers", "Paragraph", "Picture", "Table", "undoubled"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +70,17 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Details:
-    """Blocks that a page folds away under one line."""
+    """Blocks that a page folds away under one line. ``anchor``: the name that a picture's links know it by."""
 
     summary: str
     blocks: tuple["Block", ...]
+    anchor: str = ""
 
 
 Block = Heading | Paragraph | Formula | Numbers | Table | Note | Picture | Details
+
+
+def undoubled(blocks: Sequence[Block]) -> list[Block]:
+    """The same, but numbers below their formula do not repeat it. For output that shows all formulas at once."""
+    said = {block.text for block in blocks if isinstance(block, Formula)}
+    return [dataclasses.replace(b, formula="") if isinstance(b, Numbers) and b.formula in said else b for b in blocks]
