@@ -4,7 +4,7 @@ y = f(x)        dx = dy · f′(x)        and a smaller argument that was broadc
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -22,6 +22,7 @@ R = TypeVar("R")
 def elementwise(
     *derivatives: Callable[..., Any],
     narrow: Sequence[Callable[..., Any]] | None = None,
+    between: Mapping[str, Callable[..., Any]] | None = None,
     static: Sequence[str] = (),
     exact: bool = True,
     samples: Sequence[Sample] | None = None,
@@ -36,6 +37,8 @@ def elementwise(
         as a function of any of the arguments and of the output ``y``, by name. What no derivative names is not kept.
         They compute in float32 or wider, and a smaller argument that was broadcast receives the sum.
       narrow: the derivatives to use where x is narrower than float32: a rounded y may say less than x does.
+      between: more values that derivatives may name, such as one error in place of a prediction and a target: by name, as
+        functions of any of the arguments, by name.
       static, exact, samples, workloads, keeps, minimum: as for ``rule``. By default arrays for a function of one argument.
     """
 
@@ -43,14 +46,15 @@ def elementwise(
         parameters = tuple(inspect.signature(reference).parameters)
         arguments = tuple(n for n in parameters if n not in static)
         forms = (derivatives, derivatives if narrow is None else tuple(narrow))
+        inner = dict(between or {})
         for form in forms:
             if len(form) != len(arguments):
                 raise TypeError(
                     f"rule {reference.__name__}: {len(form)} derivatives for {', '.join(arguments)}; expected one each."
                 )
-            if unknown := {n for d in form for n in inspect.signature(d).parameters} - {*parameters, "y"}:
+            if unknown := {n for d in form for n in inspect.signature(d).parameters} - {*parameters, *inner, "y"}:
                 raise TypeError(
-                    f"rule {reference.__name__}: a derivative names {sorted(unknown)}; known are {parameters} and y."
+                    f"rule {reference.__name__}: a derivative names {sorted(unknown)}; known are {(*parameters, *inner)} and y."
                 )
 
         def chosen(dtype: Any) -> tuple[Callable[..., Any], ...]:
@@ -60,8 +64,10 @@ def elementwise(
             bound = {name: value for name, value in kwargs.items() if name not in static}
             y: Any = reference(*args, **kwargs)
             named = {n for d in chosen(y.dtype) for n in inspect.signature(d).parameters}
-            shapes = tuple((jnp.shape(bound[n]), jnp.result_type(bound[n])) for n in arguments)
-            kept = {n: v for n, v in {**bound, "y": y}.items() if n in named}
+            absent = ((), bool)  # an optional argument that was not given: no cotangent
+            shapes = tuple(absent if v is None else (jnp.shape(v), jnp.result_type(v)) for v in map(bound.get, arguments))
+            known = {**bound, "y": y, **{n: _given(f, kwargs) for n, f in inner.items() if n in named}}
+            kept = {n: v for n, v in known.items() if n in named}
             return y, (kept, Static(shapes))
 
         def backward(saved: Any, dy: Any, **options: Any) -> tuple[Any, ...]:
@@ -73,7 +79,7 @@ def elementwise(
                 if not jnp.issubdtype(dtype, jnp.inexact):
                     result.append(None)
                     continue
-                slope = jnp.asarray(derivative(**{n: known[n] for n in inspect.signature(derivative).parameters}))
+                slope = jnp.asarray(_given(derivative, known))
                 # The chain rule for a function of single elements: d<argument> = dy · slope. A slope of True and False
                 # selects: 0 · inf would be NaN.
                 d = jnp.where(slope, dy, 0) if slope.dtype == bool else dy.astype(wide) * slope
@@ -102,8 +108,13 @@ def elementwise(
     return register
 
 
+def _given(fn: Callable[..., Any], known: Mapping[str, Any]) -> Any:
+    """Calls a function with those of the known values that it names."""
+    return fn(**{n: known[n] for n in inspect.signature(fn).parameters})
+
+
 def _widen(value: Any, dtype: Any) -> Any:
-    return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.inexact) else value
+    return value.astype(dtype) if value is not None and jnp.issubdtype(value.dtype, jnp.inexact) else value
 
 
 def _sum_to(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -22,7 +22,13 @@ OPS = {
     "attention": "dot_product_attention",
     "recurrent": "rnn lstm gru bidirectional conv_lstm linear_recurrence",
     "stochastic": "dropout stochastic_depth",
-    "losses": "softmax_cross_entropy sigmoid_binary_cross_entropy sum_of_squares half_square mean_squared_error",
+    "losses": """softmax_cross_entropy softmax_cross_entropy_with_integer_labels sigmoid_binary_cross_entropy sum_of_squares
+        half_square mean_squared_error mean_absolute_error squared_error l2_loss huber_loss log_cosh cosine_similarity
+        cosine_distance poly_loss_cross_entropy sigmoid_focal_loss hinge_loss multiclass_hinge_loss perceptron_loss
+        multiclass_perceptron_loss sparsemax_loss multiclass_sparsemax_loss kl_divergence kl_divergence_with_log_targets
+        generalized_kl_divergence convex_kl_divergence make_fenchel_young_loss ctc_loss ctc_loss_with_forward_probs
+        ranking_softmax_loss triplet_margin_loss ntxent dice_loss binary_dice_loss multiclass_generalized_dice_loss
+        smooth_labels safe_softmax_cross_entropy""",
     "fused": "linear_cross_entropy norm_dense gelu_mlp geglu_mlp swiglu_mlp residual_norm",
     "structure": "reversible",
 }

@@ -25,8 +25,17 @@ from fbackprop.ops.attention import dot_product_attention as dot_product_attenti
 from fbackprop.ops.batch_normalization import batch_norm as batch_norm
 from fbackprop.ops.blocks import norm_dense as norm_dense
 from fbackprop.ops.blocks import residual_norm as residual_norm
+from fbackprop.ops.classification import poly_loss_cross_entropy as poly_loss_cross_entropy
+from fbackprop.ops.classification import sigmoid_focal_loss as sigmoid_focal_loss
+from fbackprop.ops.classification import smooth_labels as smooth_labels
 from fbackprop.ops.contraction import einsum_dense as einsum_dense
+from fbackprop.ops.contrastive import ntxent as ntxent
+from fbackprop.ops.contrastive import triplet_margin_loss as triplet_margin_loss
 from fbackprop.ops.convolution import conv as conv
+from fbackprop.ops.ctc import ctc_loss_with_forward_probs as ctc_loss_with_forward_probs
+from fbackprop.ops.divergences import generalized_kl_divergence as generalized_kl_divergence
+from fbackprop.ops.divergences import kl_divergence as kl_divergence
+from fbackprop.ops.divergences import kl_divergence_with_log_targets as kl_divergence_with_log_targets
 from fbackprop.ops.feedforward import geglu_mlp as geglu_mlp
 from fbackprop.ops.feedforward import gelu_mlp as gelu_mlp
 from fbackprop.ops.feedforward import swiglu_mlp as swiglu_mlp
@@ -48,6 +57,12 @@ from fbackprop.ops.losses import sigmoid_binary_cross_entropy as sigmoid_binary_
 from fbackprop.ops.losses import softmax_cross_entropy as softmax_cross_entropy
 from fbackprop.ops.losses import softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels
 from fbackprop.ops.losses import sum_of_squares as sum_of_squares
+from fbackprop.ops.margins import hinge_loss as hinge_loss
+from fbackprop.ops.margins import multiclass_hinge_loss as multiclass_hinge_loss
+from fbackprop.ops.margins import multiclass_perceptron_loss as multiclass_perceptron_loss
+from fbackprop.ops.margins import multiclass_sparsemax_loss as multiclass_sparsemax_loss
+from fbackprop.ops.margins import perceptron_loss as perceptron_loss
+from fbackprop.ops.margins import sparsemax_loss as sparsemax_loss
 from fbackprop.ops.normalization import layer_norm as layer_norm
 from fbackprop.ops.normalization import rms_norm as rms_norm
 from fbackprop.ops.piecewise import hard_sigmoid as hard_sigmoid
@@ -66,8 +81,15 @@ from fbackprop.ops.probabilities import softmax as softmax
 from fbackprop.ops.recurrences import linear_recurrence as linear_recurrence
 from fbackprop.ops.recurrent import lstm as lstm
 from fbackprop.ops.recurrent import rnn as rnn
+from fbackprop.ops.regression import huber_loss as huber_loss
+from fbackprop.ops.regression import l2_loss as l2_loss
+from fbackprop.ops.regression import log_cosh as log_cosh
+from fbackprop.ops.regression import mean_absolute_error as mean_absolute_error
+from fbackprop.ops.regression import squared_error as squared_error
 from fbackprop.ops.reversing import reversible as reversible
 from fbackprop.ops.rotary import rotary_embedding as rotary_embedding
+from fbackprop.ops.segmentation import dice_loss as dice_loss
+from fbackprop.ops.similarity import cosine_similarity as cosine_similarity
 from fbackprop.ops.spectral import spectral_scale as spectral_scale
 from fbackprop.ops.standardizing import standardize as standardize
 from fbackprop.ops.stochastic import dropout as dropout
@@ -84,7 +106,10 @@ __all__ = [
     "celu",
     "conv",
     "conv_transpose",
+    "cosine_similarity",
+    "ctc_loss_with_forward_probs",
     "dense",
+    "dice_loss",
     "dot_product_attention",
     "dropout",
     "einsum_dense",
@@ -94,6 +119,7 @@ __all__ = [
     "geglu_mlp",
     "gelu",
     "gelu_mlp",
+    "generalized_kl_divergence",
     "global_avg_pool",
     "global_max_pool",
     "glu",
@@ -103,23 +129,36 @@ __all__ = [
     "hard_sigmoid",
     "hard_silu",
     "hard_tanh",
+    "hinge_loss",
+    "huber_loss",
     "instance_norm",
+    "kl_divergence",
+    "kl_divergence_with_log_targets",
+    "l2_loss",
     "l2_normalize",
     "layer_norm",
     "leaky_relu",
     "linear_cross_entropy",
     "linear_recurrence",
     "log1mexp",
+    "log_cosh",
     "log_sigmoid",
     "log_softmax",
     "logsumexp",
     "lora_dense",
     "lstm",
     "max_pool",
+    "mean_absolute_error",
     "mean_squared_error",
     "min_pool",
     "mish",
+    "multiclass_hinge_loss",
+    "multiclass_perceptron_loss",
+    "multiclass_sparsemax_loss",
     "norm_dense",
+    "ntxent",
+    "perceptron_loss",
+    "poly_loss_cross_entropy",
     "reglu",
     "relu",
     "relu6",
@@ -133,8 +172,10 @@ __all__ = [
     "selu",
     "sigmoid",
     "sigmoid_binary_cross_entropy",
+    "sigmoid_focal_loss",
     "sign_ste",
     "silu",
+    "smooth_labels",
     "soft_sign",
     "softmax",
     "softmax_cross_entropy",
@@ -142,7 +183,9 @@ __all__ = [
     "softplus",
     "sparse_plus",
     "sparse_sigmoid",
+    "sparsemax_loss",
     "spectral_scale",
+    "squared_error",
     "squareplus",
     "standardize",
     "step_ste",
@@ -151,5 +194,6 @@ __all__ = [
     "swiglu",
     "swiglu_mlp",
     "tanh",
+    "triplet_margin_loss",
     "weight_norm",
 ]

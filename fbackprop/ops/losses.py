@@ -217,6 +217,12 @@ def _class_mask(where: ArrayLike | None, axis: Any, ndim: int) -> jax.Array | No
     return where if where.ndim == ndim else jnp.expand_dims(where, axis)
 
 
+def _class_axes(who: str, axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """The axes of the classes, in the order given: over several, a label counts in row-major order of that."""
+    canonical_axes(who, axis, ndim)
+    return tuple(a % ndim for a in ((axis,) if isinstance(axis, int) else axis))
+
+
 def _chosen(shape: Sequence[int], labels: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Where the label of each row stands: booleans of the shape of the logits, which XLA fuses and never stores."""
     label, position, classes = jnp.expand_dims(labels, axes), 0, 1
@@ -251,7 +257,7 @@ def _integer_forward(
     logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] = -1, where: ArrayLike | None = None
 ) -> tuple[jax.Array, _IntegerSaved]:
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    axes = canonical_axes("", axis, logits.ndim)
+    axes = _class_axes("", axis, logits.ndim)
     where = _class_mask(where, axes, logits.ndim)
     value, normalizer = _integer(logits, labels, axes, where)
     inside = wide(logits) if where is None else jnp.where(where, wide(logits), -jnp.inf)
@@ -265,7 +271,7 @@ def _integer_forward(
 
 def _integer_backward(saved: _IntegerSaved, dy: jax.Array, *, axis: int | Sequence[int]) -> tuple[Any, ...]:
     e, total, excess, labels = saved
-    axes = canonical_axes("", axis, e.ndim)
+    axes = _class_axes("", axis, e.ndim)
     g = wide(dy)
     d = wide(e) * (jnp.expand_dims(g, axes) / total)
     d = jnp.where(_chosen(e.shape, labels, axes), jnp.expand_dims(excess * g, axes), d)
@@ -283,7 +289,7 @@ def _integer_backward(saved: _IntegerSaved, dy: jax.Array, *, axis: int | Sequen
         sample(normal(2, 3, 4), integer_labels(2, classes=12), axis=(1, 2)),
         sample(normal(9, 5, scale=30.0), integer_labels(9, classes=5, low=-5)),
         sample(normal(3, 5, 4), integer_labels(3, 4, classes=0, low=-5), axis=1),
-        sample(normal(2, 3, 4), integer_labels(2, classes=0, low=-12), axis=(1, 2)),
+        sample(normal(2, 3, 4), integer_labels(2, classes=0, low=-12), axis=(2, -2)),
         sample(normal(9, 5), integer_labels(9, classes=5, low=-5), where=mask(9, 5, keep=0.2)),
     ],
     workloads=[sample(normal(1024, 50257), integer_labels(1024, classes=50257), dtype=d) for d in ("float32", "bfloat16")],
@@ -300,7 +306,7 @@ def softmax_cross_entropy_with_integer_labels(
     As in optax, a negative label counts from the end and a label beyond the classes gives NaN.
 
     Args:
-      axis: the dimension of the classes, or several.
+      axis: the dimension of the classes, or several, over which a label counts in row-major order, as they are given.
       where: classes to include in the normalizer, of a shape that broadcasts with logits.
     Raises:
       TypeError: where logits are not floating-point or labels not integers. ValueError: where the shapes do not fit.
@@ -309,7 +315,7 @@ def softmax_cross_entropy_with_integer_labels(
     require_float(who, logits=logits)
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise TypeError(f"{who}: labels must be integers, got {jnp.result_type(labels)}; soft labels: softmax_cross_entropy.")
-    axes = canonical_axes(who, axis, jnp.ndim(logits))
+    axes = _class_axes(who, axis, jnp.ndim(logits))
     rows = tuple(n for i, n in enumerate(jnp.shape(logits)) if i not in axes)
     if jnp.shape(labels) != rows:
         raise ValueError(

@@ -1,0 +1,299 @@
+"""More losses on logits z, with p = softmax(z) or σ(z), and the labels t that they ask for.
+
+poly_loss_cross_entropy, each row, with m = Σ t p:
+
+    L = Σ t (−log p + ε (1 − p))
+
+    dz = (p (Σ t + ε m) − t (1 + ε p)) dL      dt = (−log p + ε (1 − p)) dL      dε = Σ t (1 − p) dL
+
+(∂p_j/∂z_k = p_j (δ_jk − p_k), so the second term sends back −ε Σ_j t_j p_j (δ_jk − p_k) = −ε p_k (t_k − m).) Where p is near
+1, 1 − p is −expm1(log p). A label of 0 at a logit of −inf costs nothing.
+
+sigmoid_focal_loss, each element, with the probability u = (1 − t) p + t (1 − p) of what is not wanted:
+
+    L = a C u^γ,      C = binary cross-entropy,      a = α t + (1 − α) (1 − t), or 1
+
+    dz = a u^γ (p − t + γ C (1 − 2 t) p (1 − p) / u) dL
+    dt = (a u^γ (−z + γ C (1 − 2 p) / u) + (2 α − 1) C u^γ) dL
+    dα = Σ (2 t − 1) C u^γ dL                 dγ = Σ L log(u) dL
+
+Powers and quotients of p, 1 − p and u are formed from their logarithms, which neither overflow nor vanish. For labels that are
+not differentiated only the slope dz / dL is kept.
+
+smooth_labels:
+
+    y = (1 − α) t + α / n          dt = (1 − α) dy          dα = Σ (1 / n − t) dy          n classes in a row
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from fbackprop.one_line import elementwise
+from fbackprop.ops._arithmetic import canonical_axes, count, float_type, nbytes, require_float, shapes, sum_to, wide, wide_type
+from fbackprop.ops.probabilities import Normalizer, log_normalizer
+from fbackprop.rules import rule
+from fbackprop.samples import constant, impossible, mask, normal, positive, probabilities, sample, uniform
+
+__all__ = [
+    "poly_loss_cross_entropy",
+    "sigmoid_focal_loss",
+    "smooth_labels",
+]
+
+Axis = int | Sequence[int] | None
+
+
+class _PolySaved(NamedTuple):
+    logits: jax.Array
+    normalizer: Normalizer
+    labels: jax.Array
+    epsilon: jax.Array
+    where: jax.Array | None
+
+
+class _Poly(NamedTuple):
+    """Of each class, with the classes that are left out as if they were not there."""
+
+    log_p: jax.Array  # 0 where p = 0 and the label is 0: those count nothing
+    p: jax.Array
+    rest: jax.Array  # 1 − p
+    labels: jax.Array
+
+
+def _poly_parts(logits: ArrayLike, labels: ArrayLike, normalizer: Normalizer, where: jax.Array | None) -> _Poly:
+    z, t = jnp.broadcast_arrays(wide(logits), wide(labels))
+    t = t if where is None else jnp.where(where, t, 0)
+    log_p = normalizer.log_probability(z)
+    unlikely = (t == 0) & (z == -jnp.inf)
+    unlikely = unlikely if where is None else unlikely | ~where
+    log_p = jnp.where(unlikely, 0, log_p)
+    p = jnp.where(unlikely, 0, jnp.exp(log_p))
+    return _Poly(log_p, p, jnp.where(unlikely, 1, -jnp.expm1(log_p)), t)
+
+
+def _poly(
+    logits: ArrayLike, labels: ArrayLike, epsilon: ArrayLike, axis: Axis, where: jax.Array | None
+) -> tuple[jax.Array, Normalizer]:
+    normalizer = log_normalizer(jnp.asarray(logits), axis, where)
+    log_p, _, rest, t = _poly_parts(logits, labels, normalizer, where)
+    value = jnp.sum(-t * log_p, axis) + wide(epsilon) * jnp.sum(t * rest, axis)
+    return value.astype(float_type(logits, labels, epsilon)), normalizer
+
+
+def _rows_too(where: ArrayLike | None, logits: ArrayLike, axis: Axis) -> jax.Array | None:
+    """``where`` [rows] leaves out whole rows; it gets the axes of the classes."""
+    if where is None:
+        return None
+    mask = jnp.asarray(where)
+    return mask if mask.ndim == jnp.ndim(logits) else jnp.expand_dims(mask, canonical_axes("", axis, jnp.ndim(logits)))
+
+
+def _poly_forward(
+    logits: ArrayLike, labels: ArrayLike, *, epsilon: ArrayLike = 2.0, axis: Axis = -1, where: ArrayLike | None = None
+) -> tuple[jax.Array, _PolySaved]:
+    mask = _rows_too(where, logits, axis)
+    value, normalizer = _poly(logits, labels, epsilon, axis, mask)
+    return value, _PolySaved(jnp.asarray(logits), normalizer, jnp.asarray(labels), jnp.asarray(epsilon), mask)
+
+
+def _poly_backward(saved: _PolySaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
+    logits, normalizer, labels, epsilon, where = saved
+    axes = canonical_axes("", axis, logits.ndim)
+    log_p, p, rest, t = _poly_parts(logits, labels, normalizer, where)
+    g, e = (jnp.expand_dims(jnp.broadcast_to(wide(v), dy.shape), axes) for v in (dy, epsilon))
+    sums = jnp.sum(t, axes, keepdims=True) + e * jnp.sum(t * p, axes, keepdims=True)
+    dlogits = (p * sums - t * (1 + e * p)) * g
+    dlabels = (e * rest - log_p) * g
+    depsilon = jnp.sum(t * rest, axes) * wide(dy)
+    if where is not None:
+        dlogits, dlabels = (jnp.where(where, d, 0) for d in (dlogits, dlabels))
+    return sum_to(dlogits, logits.shape), sum_to(dlabels, labels.shape), sum_to(depsilon, epsilon.shape), None
+
+
+@rule(
+    forward=_poly_forward,
+    backward=_poly_backward,
+    static=["axis"],
+    samples=[
+        sample(normal(6, 5, scale=2.0), probabilities(6, 5), epsilon=positive()),
+        sample(normal(3, 5, 4), probabilities(1, 5, 4), axis=(0, 2), where=mask(3, 5, 4)),
+        sample(impossible(-jnp.inf, 6, 5), impossible(0.0, 6, 5)),
+    ],
+    workloads=[sample(normal(1024, 50257), probabilities(1024, 50257))],
+    keeps="logits, labels, two numbers a row",
+    minimum=lambda logits, labels, where, y: nbytes(logits, labels, where) + 2 * y.size * wide_type(logits).itemsize + 4,
+)
+def poly_loss_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, *, epsilon: ArrayLike = 2.0, axis: Axis = -1, where: ArrayLike | None = None
+) -> jax.Array:
+    """Cross-entropy with more weight on its first term as a polynomial of 1 − p: Σ t (−log p + epsilon (1 − p)).
+
+    logits [..., classes], labels of a shape that broadcasts with it -> [...]. A class with label 0 adds 0 even where its logit
+    is −inf. Source: Leng et al. 2022, arXiv:2204.12511.
+
+    Args:
+      epsilon: what is added to the weight of the first term.
+      axis: the dimension of the classes, several, or None for all.
+      where: classes to include, of a shape that broadcasts with logits.
+    """
+    who = "poly_loss_cross_entropy"
+    require_float(who, logits=logits, labels=labels)
+    canonical_axes(who, axis, jnp.ndim(logits))
+    _must_broadcast(who, logits, labels)
+    return _poly(logits, labels, epsilon, axis, _rows_too(where, logits, axis))[0]
+
+
+def _must_broadcast(who: str, logits: ArrayLike, labels: ArrayLike) -> None:
+    have, want = jnp.shape(labels), jnp.shape(logits)
+    if len(have) > len(want) or any(a not in (1, b) for a, b in zip(reversed(have), reversed(want))):
+        raise ValueError(f"{who}: labels must broadcast with logits, got {shapes(logits=logits, labels=labels)}.")
+
+
+class _Focal(NamedTuple):
+    """Logarithms of the probabilities p, 1 − p and u, and the cross-entropy."""
+
+    log_p: jax.Array
+    log_q: jax.Array
+    log_u: jax.Array
+    entropy: jax.Array
+
+
+def _focal_parts(logits: ArrayLike, labels: ArrayLike) -> _Focal:
+    z, t = jnp.broadcast_arrays(wide(logits), wide(labels))
+    log_p, log_q = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
+    # log((1 − t) p + t q) from the larger of the parts that have a weight; one without may be larger by far.
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.where(t == 1, -jnp.inf, log_p), jnp.where(t == 0, -jnp.inf, log_q)))
+    most = math.log(float(jnp.finfo(z.dtype).max)) - 1
+    p, q = (jnp.exp(jnp.minimum(part - top, most)) for part in (log_p, log_q))
+    return _Focal(log_p, log_q, top + jnp.log((1 - t) * p + t * q), -t * log_p - (1 - t) * log_q)
+
+
+def _balance(labels: ArrayLike, alpha: ArrayLike | None) -> Any:
+    t = wide(labels)
+    return 1.0 if alpha is None else wide(alpha) * t + (1 - wide(alpha)) * (1 - t)
+
+
+def _focal_slope(logits: ArrayLike, labels: ArrayLike, alpha: ArrayLike | None, gamma: ArrayLike) -> jax.Array:
+    log_p, log_q, log_u, entropy = _focal_parts(logits, labels)
+    t, exponent = wide(labels), wide(gamma)
+    # p − t with the smaller of p and 1 − p computed, and not 1 minus the larger
+    error = jnp.where(wide(logits) > 0, (1 - t) - jnp.exp(log_q), jnp.exp(log_p) - t)
+    pull = exponent * entropy * (1 - 2 * t) * jnp.exp(log_p + log_q - log_u)
+    slope = _balance(labels, alpha) * jnp.exp(exponent * log_u) * (error + pull)
+    return slope.astype(float_type(logits, gamma, *(() if alpha is None else (alpha,))))
+
+
+def _focal_label_slope(logits: Any, labels: Any, alpha: Any, gamma: Any) -> jax.Array:
+    log_p, log_q, log_u, entropy = _focal_parts(logits, labels)
+    weight = jnp.exp(gamma * log_u)
+    none = entropy == 0
+    quotient = jnp.where(none, 0, jnp.exp(jnp.log(jnp.where(none, 1, entropy)) + (gamma - 1) * log_u))  # C u^(γ − 1)
+    slope = _balance(labels, alpha) * (gamma * quotient * (jnp.exp(log_q) - jnp.exp(log_p)) - wide(logits) * weight)
+    return slope if alpha is None else slope + (2 * alpha - 1) * entropy * weight
+
+
+def _focal_alpha_slope(logits: Any, labels: Any, gamma: Any) -> jax.Array:
+    parts = _focal_parts(logits, labels)
+    return (2 * labels - 1) * parts.entropy * jnp.exp(gamma * parts.log_u)
+
+
+def _focal_gamma_slope(logits: Any, labels: Any, alpha: Any, gamma: Any) -> jax.Array:
+    parts = _focal_parts(logits, labels)
+    return _balance(labels, alpha) * parts.entropy * jnp.exp(gamma * parts.log_u) * parts.log_u
+
+
+@elementwise(
+    lambda slope: slope,
+    _focal_label_slope,
+    _focal_alpha_slope,
+    _focal_gamma_slope,
+    between={"slope": _focal_slope},
+    samples=[
+        sample(normal(4, 5, scale=2.0), uniform(4, 5), alpha=uniform(), gamma=positive()),
+        sample(normal(4, 5, scale=4.0), mask(1, 5)),
+        sample(normal(6, scale=20.0), constant(1.0, 6), gamma=0.5),
+    ],
+    workloads=[sample(normal(4096, 3072), mask(4096, 3072))],
+    keeps="the slope; logits, labels, alpha and gamma too where one of the last three is differentiated",
+    minimum=lambda y: nbytes(y),
+)
+def sigmoid_focal_loss(
+    logits: ArrayLike, labels: ArrayLike, *, alpha: ArrayLike | None = None, gamma: ArrayLike = 2.0
+) -> jax.Array:
+    """Binary cross-entropy times the probability of the wrong class to the power gamma, each element by itself.
+
+    logits [...], labels of a shape that broadcasts with it, in [0, 1] (booleans and integers too) -> [...].
+    Source: Lin et al. 2017, arXiv:1708.02002.
+
+    Args:
+      alpha: the weight of the class 1; the class 0 weighs 1 − alpha. None weighs both 1.
+      gamma: how much less the elements count that are nearly right.
+    """
+    require_float("sigmoid_focal_loss", logits=logits)
+    _, _, log_u, entropy = _focal_parts(logits, labels)
+    value = _balance(labels, alpha) * entropy * jnp.exp(wide(gamma) * log_u)
+    return value.astype(float_type(logits, gamma, *(() if alpha is None else (alpha,))))
+
+
+class _SmoothSaved(NamedTuple):
+    labels: jax.Array
+    alpha: jax.Array
+    where: jax.Array | None
+
+
+def _share(labels: ArrayLike, axis: Axis, where: ArrayLike | None) -> Any:
+    """1 / n, the share of each class in its row."""
+    if where is None:
+        return 1 / max(count(jnp.shape(labels), canonical_axes("", axis, jnp.ndim(labels))), 1)
+    return 1 / jnp.maximum(jnp.sum(jnp.asarray(where), axis, keepdims=True), 1).astype(wide_type(labels))
+
+
+def _smooth(labels: ArrayLike, alpha: ArrayLike, axis: Axis, where: ArrayLike | None) -> jax.Array:
+    a = wide(alpha)
+    return ((1 - a) * wide(labels) + a * _share(labels, axis, where)).astype(float_type(labels, alpha))
+
+
+def _smooth_forward(
+    labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = None
+) -> tuple[jax.Array, _SmoothSaved]:
+    mask = None if where is None else jnp.asarray(where)
+    return _smooth(labels, alpha, axis, where), _SmoothSaved(jnp.asarray(labels), jnp.asarray(alpha), mask)
+
+
+def _smooth_backward(saved: _SmoothSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
+    labels, alpha, where = saved
+    dlabels = (1 - wide(alpha)) * wide(dy)
+    dalpha = (_share(labels, axis, where) - wide(labels)) * wide(dy)
+    return sum_to(dlabels, labels.shape), sum_to(dalpha, alpha.shape), None
+
+
+@rule(
+    forward=_smooth_forward,
+    backward=_smooth_backward,
+    static=["axis"],
+    samples=[
+        sample(probabilities(4, 5), uniform()),
+        sample(probabilities(3, 4, 5), 0.1, axis=(0, 2), where=mask(3, 4, 5)),
+    ],
+    workloads=[sample(probabilities(4096, 3072), 0.1)],
+    keeps="alpha; labels where alpha is differentiated",
+    minimum=lambda labels: 4,
+)
+def smooth_labels(labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
+    """Mixes labels with the uniform distribution: y = (1 − alpha) labels + alpha / n.
+
+    labels [..., n] -> y [..., n]. Source: Müller, Kornblith & Hinton 2019, arXiv:1906.02629.
+
+    Args:
+      alpha: the share of the uniform distribution, in [0, 1].
+      axis: the dimension of the n classes, several, or None for all.
+      where: the classes that count in n, of the shape of labels.
+    """
+    require_float("smooth_labels", labels=labels)
+    canonical_axes("smooth_labels", axis, jnp.ndim(labels))
+    return _smooth(labels, alpha, axis, where)

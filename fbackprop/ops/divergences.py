@@ -1,0 +1,191 @@
+"""Divergences between a predicted distribution, given by its logarithms l, and a target t: sums over an axis of single terms.
+
+    op                                 term                                cotangents
+    kl_divergence                      t (log t − l)                       dl = −t dL             dt = (log t − l + 1) dL
+    generalized_kl_divergence          t (log t − l) + exp(l) − t          dl = (exp(l) − t) dL   dt = (log t − l) dL
+    kl_divergence_with_log_targets     exp(t) (t − l)                      dl = −exp(t) dL        dt = exp(t) (t − l + 1) dL
+
+Of a target of probability 0 only exp(l) counts, however impossible the prediction holds it (0 log 0 = 0), and it receives no
+cotangent. Elements that ``where`` leaves out count nothing. Kept are l and t. Sums are in float32 or wider.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from fbackprop.ops._arithmetic import canonical_axes, nbytes, require_float, shapes, sum_to, wide
+from fbackprop.rules import rule
+from fbackprop.samples import impossible, mask, normal, probabilities, sample
+
+__all__ = ["generalized_kl_divergence", "kl_divergence", "kl_divergence_with_log_targets"]
+
+Axis = int | Sequence[int] | None
+Term = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _log(t: jax.Array) -> jax.Array:
+    """log t, and a constant where t = 0."""
+    return jnp.log(jnp.where(t == 0, 1, t))
+
+
+def _kl(l: jax.Array, t: jax.Array) -> jax.Array:
+    return jnp.where(t == 0, 0, t * (_log(t) - l))
+
+
+def _generalized(l: jax.Array, t: jax.Array) -> jax.Array:
+    return jnp.where(t == 0, 0, t * (_log(t) - l) - t) + jnp.exp(l)
+
+
+def _with_log(l: jax.Array, t: jax.Array) -> jax.Array:
+    none = t == -jnp.inf
+    return jnp.where(none, 0, jnp.exp(t) * (jnp.where(none, 0, t) - l))
+
+
+class _Saved(NamedTuple):
+    log_predictions: jax.Array
+    targets: jax.Array
+    where: jax.Array | None
+
+
+def _sum(term: Term, log_predictions: ArrayLike, targets: ArrayLike, axis: Axis, where: ArrayLike | None) -> jax.Array:
+    value = jnp.sum(term(wide(log_predictions), wide(targets)), axis, where=None if where is None else jnp.asarray(where))
+    return value.astype(jnp.result_type(log_predictions, targets))
+
+
+def _check(who: str, axis: Axis, where: ArrayLike | None, **arrays: ArrayLike) -> None:
+    require_float(who, **arrays)
+    try:
+        shape = jnp.broadcast_shapes(*map(jnp.shape, (*arrays.values(), *(() if where is None else (where,)))))
+    except ValueError:
+        raise ValueError(f"{who}: shapes that do not broadcast together: {shapes(**arrays, where=where)}.") from None
+    canonical_axes(who, axis, len(shape))
+
+
+def _backward(predicted: Term, target: Term) -> Callable[..., tuple[Any, ...]]:
+    """The backward of a sum of terms, from their slopes for l and for t."""
+
+    def backward(saved: _Saved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
+        l, t = wide(saved.log_predictions), wide(saved.targets)
+        shape = jnp.broadcast_shapes(l.shape, t.shape, () if saved.where is None else saved.where.shape)
+        g = jnp.broadcast_to(jnp.expand_dims(wide(dy), canonical_axes("", axis, len(shape))), shape)
+        g = g if saved.where is None else jnp.where(saved.where, g, 0)
+
+        def times(slope: jax.Array) -> jax.Array:
+            return g * slope if saved.where is None else jnp.where(saved.where, g * slope, 0)
+
+        return sum_to(times(predicted(l, t)), l.shape), sum_to(times(target(l, t)), t.shape), None
+
+    return backward
+
+
+def _forward(term: Term, log_predictions: Any, targets: Any, axis: Axis, where: Any) -> tuple[jax.Array, _Saved]:
+    kept = _Saved(jnp.asarray(log_predictions), jnp.asarray(targets), None if where is None else jnp.asarray(where))
+    return _sum(term, log_predictions, targets, axis, where), kept
+
+
+def _bytes(log_predictions: Any, targets: Any, where: Any) -> int:
+    return nbytes(log_predictions, targets, where)
+
+
+_OF_TARGETS: Any = {
+    "static": ["axis"],
+    "samples": [
+        sample(normal(6, 5), probabilities(6, 5)),
+        sample(normal(3, 5, 4), probabilities(1, 5, 4), axis=(0, 2), where=mask(3, 5, 4)),
+        sample(impossible(-2.0, 6, 5), impossible(0.0, 6, 5)),
+    ],
+    "workloads": [sample(normal(4096, 3072), probabilities(4096, 3072))],
+    "keeps": "log_predictions, targets",
+    "minimum": _bytes,
+}
+
+
+def _kl_forward(
+    log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> tuple[jax.Array, _Saved]:
+    return _forward(_kl, log_predictions, targets, axis, where)
+
+
+@rule(
+    forward=_kl_forward,
+    backward=_backward(lambda l, t: -t, lambda l, t: jnp.where(t == 0, 0, _log(t) - l + 1)),
+    **_OF_TARGETS,
+)
+def kl_divergence(log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
+    """The Kullback-Leibler divergence of the predicted distribution from the target: Σ t (log t − log p).
+
+    log_predictions [..., n], targets [..., n] of a shape that broadcasts with it -> [...]. A target of 0 costs nothing.
+    Source: Kullback & Leibler 1951.
+
+    Args:
+      axis: the dimension of the distribution, several, or None for all.
+      where: elements to include, of a shape that broadcasts with log_predictions.
+    """
+    _check("kl_divergence", axis, where, log_predictions=log_predictions, targets=targets)
+    return _sum(_kl, log_predictions, targets, axis, where)
+
+
+def _generalized_forward(
+    log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> tuple[jax.Array, _Saved]:
+    return _forward(_generalized, log_predictions, targets, axis, where)
+
+
+@rule(
+    forward=_generalized_forward,
+    backward=_backward(lambda l, t: jnp.exp(l) - t, lambda l, t: jnp.where(t == 0, 0, _log(t) - l)),
+    **_OF_TARGETS,
+)
+def generalized_kl_divergence(
+    log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> jax.Array:
+    """The Kullback-Leibler divergence of measures that need not sum to one: Σ t (log t − log p) + p − t.
+
+    log_predictions [..., n], targets [..., n] of a shape that broadcasts with it -> [...]. Of a target of 0 only p counts.
+    Source: Bregman 1967.
+
+    Args:
+      axis: the dimension of the measure, several, or None for all.
+      where: elements to include, of a shape that broadcasts with log_predictions.
+    """
+    _check("generalized_kl_divergence", axis, where, log_predictions=log_predictions, targets=targets)
+    return _sum(_generalized, log_predictions, targets, axis, where)
+
+
+def _with_log_forward(
+    log_predictions: ArrayLike, log_targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> tuple[jax.Array, _Saved]:
+    return _forward(_with_log, log_predictions, log_targets, axis, where)
+
+
+@rule(
+    forward=_with_log_forward,
+    backward=_backward(
+        lambda l, t: -jnp.exp(t), lambda l, t: jnp.where(t == -jnp.inf, 0, jnp.exp(t) * (jnp.maximum(t, -1e30) - l + 1))
+    ),
+    static=["axis"],
+    samples=[
+        sample(normal(6, 5), normal(6, 5, mean=-2.0)),
+        sample(normal(3, 5, 4), normal(1, 5, 4), axis=(0, 2), where=mask(3, 5, 4)),
+        sample(normal(6, 5), impossible(-jnp.inf, 6, 5)),
+    ],
+    workloads=[sample(normal(4096, 3072), normal(4096, 3072))],
+    keeps="log_predictions, log_targets",
+    minimum=lambda log_predictions, log_targets, where: nbytes(log_predictions, log_targets, where),
+)
+def kl_divergence_with_log_targets(
+    log_predictions: ArrayLike, log_targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> jax.Array:
+    """The Kullback-Leibler divergence of the predicted distribution from a target that is given by its logarithms.
+
+    log_predictions [..., n], log_targets [..., n] of a shape that broadcasts with it -> [...]. A target of −inf costs nothing.
+
+    Args:
+      axis: the dimension of the distribution, several, or None for all.
+      where: elements to include, of a shape that broadcasts with log_predictions.
+    """
+    _check("kl_divergence_with_log_targets", axis, where, log_predictions=log_predictions, log_targets=log_targets)
+    return _sum(_with_log, log_predictions, log_targets, axis, where)
