@@ -19,6 +19,7 @@ from fbackprop.checking import assert_correct as assert_correct
 from fbackprop.checking import check as check
 from fbackprop.compositions import *  # noqa: F403
 from fbackprop.context import without_rules as without_rules
+from fbackprop.diagnosing import health as health
 from fbackprop.explaining import explain as explain
 from fbackprop.explaining import saved as saved
 from fbackprop.hosting import to_equinox as to_equinox
@@ -39,6 +40,7 @@ __all__ = [
     "context",
     "explain",
     "from_flax",
+    "health",
     "layers",
     "models",
     "ops",

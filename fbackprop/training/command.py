@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbackprop.data import Lazy
+from fbackprop.diagnosing.course import diagnosis
 from fbackprop.files import read_json, write_atomically, write_json
 from fbackprop.training.batches import Batches
 from fbackprop.training.checkpoints import RunError
@@ -29,7 +30,7 @@ from fbackprop.training.tasks import Preset, Task
 __all__ = ["DTYPES", "Options", "train"]
 
 DTYPES = ("float32", "bfloat16", "float64")
-_FILES = ("config.json", "metrics.json", "curves.png", "samples.txt", "checkpoints")
+_FILES = ("config.json", "metrics.json", "curves.png", "health.png", "samples.txt", "checkpoints")
 _FREE = ("steps", "epochs", "versions")  # what may differ when a run is resumed
 
 
@@ -52,6 +53,7 @@ class Options:
     width: int | None = None
     heads: int | None = None
     length: int | None = None
+    health: int | None = None
 
 
 def train(options: Options) -> int:
@@ -112,7 +114,7 @@ def _train(options: Options, preset: Preset, config: dict[str, Any], directory: 
             state=task.state, steps=total, batch_size=config["batch"], seed=config["seed"], shuffle=config["batch"] < count,
             dtype=config["dtype"] if config["dtype"] == "bfloat16" else None, evaluate=task.evaluate,
             evaluate_every=task.evaluate_every, unit=task.unit, directory=directory, resume=True, title=preset.name,
-            config=config, notes=notes,
+            config=config, notes=notes, monitor=options.health,
             seconds_before=0.0 if complete else time.perf_counter() - started,
         )  # fmt: skip
     except Stopped as stop:
@@ -284,7 +286,10 @@ def _print_results(task: Task, result: Fit, directory: pathlib.Path, texts: dict
     if metrics.get(unit):
         peak = metrics["peak_memory_bytes"] / 2**30
         print(f"speed      {metrics[unit]:,.0f} {task.unit[0]} a second; {peak:.2f} GiB at most")
-    names = ", ".join(["config.json", "metrics.json", "curves.png", *texts])
+    if "health" in metrics:
+        for line in diagnosis(result.history.looks):
+            print(line)
+    names = ", ".join(["config.json", "metrics.json", "curves.png", *(["health.png"] if "health" in metrics else []), *texts])
     print(f"files      {directory}{os.sep}: {names}, checkpoints{os.sep}")
     for name, text in texts.items():
         print(f"{name}, its beginning:")

@@ -18,6 +18,7 @@ import optax
 from fbackprop.files import read_json, write_json
 from fbackprop.training.batches import Batches
 from fbackprop.training.checkpoints import Checkpoints, RunError
+from fbackprop.training.monitor import Monitor, make_look
 from fbackprop.training.progress import Reporter, interrupts, peak_bytes
 from fbackprop.training.step import LossFn, TrainState, init_train_state, make_step
 
@@ -32,10 +33,12 @@ _SAVE_SECONDS = 10.0  # between two checkpoints, where no number of steps is giv
 
 class History(NamedTuple):
     """``steps``: each metric's value at every step, from the first one on (``loss[k]``: before update k + 1).
-    ``evaluations``: what ``evaluate`` gave, with the number of updates done then as ``step``."""
+    ``evaluations``: what ``evaluate`` gave, with the number of updates done then as ``step``. ``looks``: what is kept of
+    each look of the monitor (``fbackprop.diagnosing.course``)."""
 
     steps: dict[str, list[float]]
     evaluations: list[dict[str, float]]
+    looks: list[dict[str, Any]]
 
 
 class Fit(NamedTuple):
@@ -86,6 +89,7 @@ def fit(
     notes: Mapping[str, Any] | None = None,
     seconds_before: float = 0.0,
     unit: tuple[str, int] = ("examples", 1),
+    monitor: int | None = None,
 ) -> Fit:
     """Trains, and writes ``metrics.json``, ``curves.png`` and ``checkpoints/`` into ``directory`` if there is one.
 
@@ -106,18 +110,21 @@ def fit(
       config: written into ``directory`` as ``config.json``, for whoever resumes the run.
       title, notes, seconds_before: the head of bar and picture, more for ``metrics.json``, time to add to its ``seconds``.
       unit: what throughput is told in, and how many of them an example is: ("tokens", 1024).
+      monitor: every so many steps a look at the step: gradient norms and gains of the layers, updates, dead and saturated
+        units; and one at a batch that was skipped, for what is not finite first. What they find is told when it is found,
+        and stands in ``metrics["health"]``; ``directory`` receives ``health.png``. The steps stay the same, bit for bit.
     Raises:
       ValueError: for arguments out of range; RunError where ``directory`` holds a run and ``resume`` is false, or a
         run of another model or with other options. Nothing is written then.
       Stopped: on Ctrl-C (a KeyboardInterrupt), after the checkpoint, the metrics and the curves were written.
     """
-    examples, total = _checked(data, steps, epochs, batch_size, evaluate_every, checkpoint_every)
+    examples, total = _checked(data, steps, epochs, batch_size, evaluate_every, checkpoint_every, monitor)
     options = {"examples": examples, "batch_size": batch_size, "seed": seed, "shuffle": shuffle, "accumulate": accumulate}
     options["dtype"] = None if dtype is None else str(np.dtype(dtype))
     started = time.perf_counter() - seconds_before
     train = init_train_state(params, optimizer, state=state, key=seed)
     place = None if directory is None else _Place(pathlib.Path(directory), options)
-    history = History({}, [])
+    history = History({}, [], [])
     if place is not None:
         train, history, seconds = place.start(train, resume, total)
         started -= seconds
@@ -130,6 +137,9 @@ def fit(
         train=train, done=int(train.step), total=total, history=history, pending=[], evaluate=evaluate,
         evaluate_every=evaluate_every, checkpoint_every=checkpoint_every, place=place, started=started,
         title=title, notes=dict(notes or {}), unit=(unit[0], unit[1] * batch_size),
+        monitor=None if monitor is None else Monitor(
+            monitor, make_look(loss_fn, optimizer, accumulate=accumulate, dtype=dtype), history.looks, batch_size == examples
+        ),
     )  # fmt: skip
     if place is not None and run.done == total and (finished := place.finished(total)) is not None:
         return Fit(train.params, train.state, train, history, finished)
@@ -158,6 +168,7 @@ class _Run:
     title: str
     notes: dict[str, Any]
     unit: tuple[str, int]  # what a step takes in
+    monitor: Monitor | None
     saved_at: float = 0.0
     looked: tuple[int, float] | None = None  # the step and the time of the last look; None before the first step
     timed: tuple[int, float] = (0, 0.0)  # steps and seconds without compiling, evaluations and checkpoints
@@ -167,7 +178,10 @@ class _Run:
         try:
             with interrupts() as asked:
                 while self.done < self.total:
-                    self.train, metrics = self.step(self.train, self.batches(self.done))
+                    batch = self.batches(self.done)
+                    if self.monitor is not None:
+                        self.monitor.before_step(self.train, batch, self.done)
+                    self.train, metrics = self.step(self.train, batch)
                     self.done += 1
                     self.pending.append(metrics)
                     if self.looked is None:
@@ -206,6 +220,7 @@ class _Run:
             "peak_memory_bytes": peak_bytes(),
             **{name: value for name, value in last.items() if name != "step"},
             **self.notes,
+            **({"health": self.monitor.summary()} if self.monitor is not None else {}),
             "evaluations": self.history.evaluations,
         }
 
@@ -226,6 +241,11 @@ class _Run:
         if bad:
             which = f"step {bad[0]}" if len(bad) == 1 else f"{len(bad)} steps from {bad[0]} to {bad[-1]}"
             reporter.line(f"{which} skipped: the gradient is not finite ({int(self.train.skipped)} skipped so far).")
+        if self.monitor is not None:
+            if bad:
+                self.monitor.after_skip(self.train, self.batches(bad[0] - 1), bad[0], self.done)
+            for line in self.monitor.news():
+                reporter.line(line)
         if self.looked is not None:
             step, at = self.looked
             self.timed = self.timed[0] + self.done - step, self.timed[1] + time.perf_counter() - at
@@ -270,6 +290,8 @@ class _Run:
         from fbackprop.training.curves import draw
 
         draw(self.history, self.place.directory / "curves.png", self.title)
+        if self.monitor is not None:
+            self.monitor.draw(self.place.directory / "health.png", self.title)
         write_json(self.place.directory / "metrics.json", self.summary(complete))
 
 
@@ -286,14 +308,15 @@ class _Place:
         if not resume and (last is not None or (self.directory / "metrics.json").exists()):
             raise RunError(f"{self.directory} holds a run already; give another directory, or resume=True to continue it.")
         if last is None:
-            return train, History({}, []), 0.0
+            return train, History({}, [], []), 0.0
         record = self._checkpoints.record()
         for name, value in self.options.items():
             if name not in record["options"] or record["options"][name] != value:
                 raise RunError(f"{self.directory} holds a run with {name} {record['options'].get(name)!r}, not {value!r}.")
         if last > total:
             raise RunError(f"{self.directory} holds a run of {last} steps already; {total} are fewer.")
-        return self._checkpoints.restore(train), History(record["steps"], record["evaluations"]), record["seconds"]
+        history = History(record["steps"], record["evaluations"], record.get("looks", []))
+        return self._checkpoints.restore(train), history, record["seconds"]
 
     def finished(self, total: int) -> dict[str, Any] | None:
         """The metrics of a run that was completed with so many steps."""
@@ -306,7 +329,13 @@ class _Place:
 
 
 def _checked(
-    data: Any, steps: int | None, epochs: int | None, batch_size: int, evaluate_every: int | None, checkpoint_every: int | None
+    data: Any,
+    steps: int | None,
+    epochs: int | None,
+    batch_size: int,
+    evaluate_every: int | None,
+    checkpoint_every: int | None,
+    monitor: int | None,
 ) -> tuple[int, int]:
     """The number of examples and of steps."""
     shapes = {jax.tree_util.keystr(path) or "data": np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(data)}
@@ -317,6 +346,7 @@ def _checked(
     if (steps is None) == (epochs is None):
         raise ValueError(f"fit: steps is {steps} and epochs is {epochs}; expected one of the two.")
     numbers = {"steps": steps, "epochs": epochs, "evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}
+    numbers["monitor"] = monitor
     for name, value in {**numbers, "batch_size": batch_size}.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"fit: {name} is {value!r}; expected a whole number, 1 or more.")
