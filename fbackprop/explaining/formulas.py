@@ -161,7 +161,7 @@ _OPERATORS = re.compile("softmax|onehot|mean|sign|silu|gelu|lse|relu|softplus|ar
 _WORDS = re.compile("where|else|over|with|for|and|the|is|in|of|from|first|largest|smallest|window|mask|positions|each|if|by|to")
 
 _TOKENS = re.compile(
-    r"(?P<hat>.)\u0302|(?P<space>\s+)|(?P<word>[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*)|"
+    r"(?P<hat>.)\u0302|(?P<text>[가-힣]+)|(?P<space>\s+)|(?P<word>[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*)|"
     rf"(?P<raised>[{''.join(_RAISED)}]+)|(?P<lowered>[{''.join(_LOWERED)}]+)|"
     r"_(?P<under>\{[^{}]*\}|[A-Za-z0-9]+)|(?P<root>√)|(?P<power>\^)|(?P<char>.)"
 )
@@ -180,6 +180,8 @@ def latex(text: str) -> str:
             parts.append(
                 rf"\hat{{{_word(value) if value.isalpha() and value.isascii() else _SYMBOLS.get(value, value).strip()}}}"
             )
+        elif kind == "text":
+            parts.append(rf"\text{{{value}}}")
         elif kind == "word":
             parts.append(_word(value))
         elif kind == "raised":
@@ -223,6 +225,9 @@ def _beside(tokens: list[re.Match[str]], i: int) -> bool:
 def _word(word: str) -> str:
     if len(word) == 1:
         return word if word.isascii() else _symbol(word)
+    if match := re.fullmatch(r"(d?)([A-Za-z])(?:_?(\d+)|_hat)", word):  # W1, dW1, y_hat
+        letter = f"{match[2]}_{{{match[3]}}}" if match[3] else rf"\hat{{{match[2]}}}"
+        return (r"\mathrm{d}" if match[1] else "") + letter
     base, _, under = word.partition("_")
     if under and (len(base) == 1 or base in _FUNCTIONS):
         return f"{_word(base).strip()}_{{{_word(under)}}}"

@@ -1,7 +1,7 @@
 r"""Blocks as a LaTeX document, for xelatex, lualatex or pdflatex; Korean by kotex.
 
-Only packages of every TeX distribution are used. A matrix or a formula that is wider than the page is made smaller, long tables
-run over pages, and what a font of TeX does not have is written in math mode.
+Only packages of every TeX distribution are used. A matrix or a formula that is wider than the page is made smaller, long
+tables run over pages, and what a font of TeX does not have is written in math mode.
 """
 
 import re
@@ -27,6 +27,8 @@ from fbackprop.explaining.formulas import latex as formula_latex
 from fbackprop.explaining.words import said
 
 __all__ = ["escaped", "latex"]
+
+_ONE_PAGE = 30  # rows of a table
 
 _PREAMBLE = r"""\documentclass[11pt,a4paper]{article}
 \usepackage{iftex}
@@ -136,10 +138,10 @@ def _number(text: str) -> str:
 
 def _name(name: str) -> str:
     """The name of an array in math mode: W1 as W₁, dkernel, layers/0/kernel."""
-    if match := re.fullmatch(r"(d?)([A-Za-z])_?(\d)", name):
-        return (r"\mathrm{d}" if match[1] else "") + f"{match[2]}_{match[3]}"
     if "/" in name and "∂" not in name:
         return rf"\text{{\texttt{{{escaped(name)}}}}}"
+    if " " in name and not re.search(r"[=+−·/∂σ]", name):  # words
+        return rf"\text{{{escaped(name)}}}"
     return formula_latex(name)
 
 
@@ -190,8 +192,11 @@ def _table(block: Table) -> str:
     ]
     small = r"\footnotesize" if sum(lengths) > 70 else r"\small"
     caption = rf"{{\small\color{{fbfaint}} {_code(block.caption)}\par}}" if block.caption else ""
-    body = "\n".join(rows)
-    return (
-        rf"{{{small}\setlength{{\LTleft}}{{0pt}}\begin{{longtable}}{{@{{}}{''.join(kinds)}@{{}}}}"
-        f"\n\\toprule\n{head} \\\\\n\\midrule\n\\endhead\n{body}\n\\bottomrule\n\\end{{longtable}}}}\n{caption}"
-    )
+    columns = f"@{{}}{''.join(kinds)}@{{}}"
+    lines = "\n".join([r"\toprule", head + r" \\", r"\midrule", *rows, r"\bottomrule"])
+    if len(rows) > _ONE_PAGE:  # over several pages, with the head on each; its columns fit from the second run on
+        lines = lines.replace("\\midrule", "\\midrule\n\\endhead", 1)
+        body = rf"\setlength{{\LTleft}}{{0pt}}\begin{{longtable}}{{{columns}}}" + f"\n{lines}\n" + r"\end{longtable}"
+    else:
+        body = rf"\par\medskip\noindent\begin{{tabular}}{{{columns}}}" + f"\n{lines}\n" + r"\end{tabular}\par\medskip"
+    return f"{{{small}{body}}}\n{caption}"
