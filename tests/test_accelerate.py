@@ -137,6 +137,17 @@ def test_layer_norm_of_bfloat16(dtype):
     check(module.apply, module.init(KEY, x), x, ops=["layer_norm"], tolerance=0.02)
 
 
+def channels_first(x, scale, bias):
+    mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    y = (x - mean) * jax.lax.rsqrt(var + 1e-5) * scale[None, :, None, None] + bias[None, :, None, None]
+    return y, 0.9 + 0.1 * mean[0, :, 0, 0], var  # for running averages
+
+
+def test_batch_norm_of_channels_that_stand_first():
+    with jax.numpy_rank_promotion("allow"):
+        check(channels_first, normal(4, 3, 5, 6), normal(3), normal(3, seed=1), ops=["batch_norm"])
+
+
 # --------------------------------------------------------------------------------------------------------- activations
 
 

@@ -109,8 +109,9 @@ def _of(
         yield site("layer_norm", layer, axes)
         if not has_bias:
             yield site("rms_norm", rms, axes)
-    if same and axes == tuple(range(rank - 1)):
-        yield from _batch(program, site, x, out, has_scale, has_bias, epsilon)
+    if same and len(axes) == rank - 1 and axes[0] == 0:
+        (features,) = set(range(rank)) - set(axes)
+        yield from _batch(program, site, x, out, has_scale, has_bias, epsilon, features)
     if rank > 2 and x.shape[0] and summed.outputs[0].size % x.shape[0] == 0:
         groups = summed.outputs[0].size // x.shape[0]
 
@@ -123,26 +124,26 @@ def _of(
 
 
 def _batch(
-    program: Program, site: Callable[..., Site], x: Value, out: Value, has_scale: bool, has_bias: bool, epsilon: float
+    program: Program, site: Callable[..., Site], x: Value, out: Value, has_scale: bool, has_bias: bool, epsilon: float, at: int
 ) -> Iterator[Site]:
-    """Batch norm in training; mean and variance may be used elsewhere, for running averages."""
+    """Batch norm in training, of features along any axis; mean and variance may be used elsewhere, for running averages."""
     plain = site("batch_norm", lambda: ())
     found = region(plain.inputs, [out])
     leaks = [] if found is None else found.leaks(program)
-    features = x.shape[-1]
+    features = x.shape[at]
     if len(leaks) > 2 or any(v.size != features for v in leaks):
         return
     shapes = [(tuple(n == features and n != 1 for n in v.shape), v.dtype) for v in leaks]
     for kinds in itertools.product((0, 1), repeat=len(leaks)):
 
         def batch(x: Any, *p: Any, kinds: tuple[int, ...] = kinds) -> tuple[Any, ...]:
-            given = _named(p, has_scale, has_bias, x.shape[-1:])
-            y, *statistics = ops.batch_norm(x, **given, train=True, epsilon=epsilon)
-            spread = [[x.shape[-1] if full else 1 for full in own] for own, _ in shapes]
+            given = _named(p, has_scale, has_bias, x.shape[at : at + 1])
+            y, *statistics = ops.batch_norm(jnp.moveaxis(x, at, -1), **given, train=True, epsilon=epsilon)
+            spread = [[x.shape[at] if full else 1 for full in own] for own, _ in shapes]
             leaked = (statistics[k].reshape(s).astype(d) for k, s, (_, d) in zip(kinds, spread, shapes))
-            return (y, *leaked)
+            return (jnp.moveaxis(y, -1, at), *leaked)
 
-        made = site("batch_norm", batch, kinds, tuple(s for s, _ in shapes))
+        made = site("batch_norm", batch, at, kinds, tuple(s for s, _ in shapes))
         made.outputs = [out, *leaks]
         yield made
 
