@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching
+from jax.interpreters import ad, batching, mlir
 
 from fbackprop import context
 from fbackprop.rules import Rule, Saved, _run_forward
@@ -72,9 +72,12 @@ def _refused(where: str, instead: str) -> Callable[..., NoReturn]:
     return lambda *given, call, **more: refuse(call.rule.name, where, instead)
 
 
+_ELSEWHERE = ("inside of what JAX runs as a whole", "call it outside of that")
+
 PRIMITIVE.def_impl(
     _refused("while JAX computes at once (ensure_compile_time_eval)", "compute that part before and pass it as an argument")
 )
+mlir.register_lowering(PRIMITIVE, lambda context, *given, call: refuse(call.rule.name, *_ELSEWHERE))
 ad.primitive_jvps[PRIMITIVE] = lambda primals, tangents, call: refuse(
     call.rule.name, "inside of a function that is itself differentiated (jax.grad, jax.vjp or jax.jvp)", "explain that function"
 )

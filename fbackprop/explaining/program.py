@@ -21,7 +21,6 @@ from jax.extend.core import (
 
 from fbackprop import context
 from fbackprop.explaining.marking import PRIMITIVE, Call, mark, paths_of, refuse
-from fbackprop.measuring.flops import times_run
 
 __all__ = ["Call", "Node", "Program", "inside", "is_float", "paths_of", "scan_counts", "traced"]
 
@@ -155,13 +154,13 @@ class _Flattening:
         name, params = equation.primitive.name, equation.params
         if equation.primitive is PRIMITIVE:
             return self._node(params["call"].rule.name, given, equation, call=params["call"])
-        if not any(times_run(p, PRIMITIVE.name) for p in inside(params)):
+        if all(_first_op(p) is None for p in inside(params)):
             return self._node(
                 str(params.get("name") or name).strip("_<>"), given, equation, run=functools.partial(_bound, equation)
             )
         if name == "scan":
             return self._unrolled(params, given)
-        if name in _INLINED:
+        if name in _INLINED or type(params.get("_prim")).__name__ == "RematTraced":  # the latter with JAX_REMAT3
             return self._inlined(inside(params)[0], given)
         first = next(c for p in inside(params) if (c := _first_op(p)))
         refuse(first.rule.name, *_REFUSED.get(name, (f"inside of {name}", "call it outside of that")))
@@ -224,6 +223,8 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 def inside(params: dict[str, Any]) -> list[Any]:
     """The programs that stand inside of an equation."""
+    params = {**params, **getattr(params.get("_prim"), "params", {})}
+    params = {**params, **getattr(params.get("_prim"), "params", {})}  # what JAX_REMAT3 makes of jax.checkpoint
     leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda p: hasattr(p, "eqns") or isinstance(p, ClosedJaxpr))
     return [p for p in leaves if hasattr(p, "eqns") or isinstance(p, ClosedJaxpr)]
 
