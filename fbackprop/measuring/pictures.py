@@ -104,7 +104,8 @@ def draw_gpu(rows: Sequence[Row], path: pathlib.Path, device: str) -> None:
                 for place, (value, text) in enumerate(zip(values, told)):
                     axis.annotate(text, (value, place), fontsize=7.5, color=INK, **beside)
                 plain(axis, title)
-                axis.set_xlim(0, 1.3 * max(v for v in values if not math.isnan(v)))
+                axis.set_xlim(0, 1.45 * max(v for v in values if not math.isnan(v)))
+                axis.locator_params(axis="x", nbins=5)
                 axis.set_yticks(range(len(own)), [row["variant"] for row in own])
             speed.set_ylim(len(own) - 0.4, -0.6)
 
