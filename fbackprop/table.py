@@ -1,15 +1,15 @@
-"""The table of rules, for the README: ``python -m fbackprop.table README.md`` writes it between its two marks."""
+"""Tables for the README and docs/other_rules.md: ``python -m fbackprop.table FILE`` writes them between their two marks."""
 
 import inspect
 import pathlib
+import re
 import sys
 
 from fbackprop import ops  # noqa: F401  (fills RULES)
+from fbackprop.alternatives import METHODS, available
 from fbackprop.rules import RULES, Rule
 
-__all__ = ["insert", "rules_table"]
-
-BEGIN, END = "<!-- rules: begin (python -m fbackprop.table README.md) -->", "<!-- rules: end -->"
+__all__ = ["insert", "methods_table", "rules_table"]
 
 
 def rules_table() -> str:
@@ -28,11 +28,30 @@ def _row(rule: Rule) -> str:
     return f"| `{rule.name}({signature})` | {summary} | {rule.keeps} | [{pathlib.PurePath(file).name}]({file}) |"
 
 
+def methods_table() -> str:
+    """A Markdown table with a row for each other backward rule."""
+    lines = ["| rule | what it does | backward | ops | source |", "| --- | --- | --- | --- | --- |"]
+    ops_of = available()
+    for method in METHODS.values():
+        served = ", ".join(f"`{op}`" for op in ops_of[method.name])
+        if method.every:
+            served = "any"
+        elif method.name.startswith("lrp-") and method.name != "lrp-0":
+            served = "those of `lrp-0`"
+        name, default = method.option or ("", None)
+        number = f", {name}" * bool(name) + (f" = {default:g}" if default is not None else "")
+        formula = method.formula.replace("|", "\\|")
+        lines.append(f"| `{method.name}`{number} | {method.summary} | {formula} | {served} | {method.source} |")
+    return "\n".join(lines)
+
+
+_TABLES = {"rules": rules_table, "methods": methods_table}
+_MARKS = re.compile(r"(<!-- (rules|methods): begin .*?-->\n).*?(<!-- \2: end -->)", re.DOTALL)
+
+
 def insert(text: str) -> str:
-    """The text with the table between its marks replaced by the present one."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{rules_table()}\n{END}{after}"
+    """The text with the tables between their marks replaced by the present ones."""
+    return _MARKS.sub(lambda found: f"{found[1]}{_TABLES[found[2]]()}\n{found[3]}", text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 LRP is compared with its formulas in NumPy on the matrices of linear ops, and with zennit and captum where they are installed.
 """
 
+import pathlib
+import re
 import sys
 import types
 
@@ -14,6 +16,7 @@ from jax.sharding import PartitionSpec as S
 
 import fbackprop as fb
 from fbackprop import layers as L
+from fbackprop import table
 from fbackprop.alternatives import METHODS, OtherRule, available, clip, lrp, relevance, reversal, with_rules
 from fbackprop.rules import RULES, rule
 
@@ -221,7 +224,7 @@ def test_the_checker_knows_that_it_is_not_the_gradient():
 
 def test_a_pair_of_functions():
     def forward(x):
-        return x * 17, (x > 1,)  # of this forward only what it saves is used
+        return 17 * fb.relu(x), (x > 1,)  # of this forward only what it saves is used; it may call the op
 
     def backward(saved, dy):
         """dx = 7 dy where x > 1."""
@@ -495,6 +498,27 @@ def test_errors_are_sentences(error, words, call):
     with pytest.raises(error) as caught:
         call()
     assert words in str(caught.value)
+
+
+# The page.
+
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "other_rules.md"
+
+
+def test_the_page_is_true(capsys):
+    text = PAGE.read_text(encoding="utf-8")
+    assert table.insert(text) == text, "run: python -m fbackprop.table docs/other_rules.md"
+    scope: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, scope)
+    # Numbers differ from one version of JAX to the other: random numbers, rounding.
+    printed, shown = (
+        re.sub(r"-?\d[\d.]*(e[+-]?\d+)? *", "#", part)
+        for part in (capsys.readouterr().out, re.findall(r"```text\n(.*?)```", text, re.DOTALL)[0])
+    )
+    assert re.sub(" +", " ", printed) == re.sub(" +", " ", shown)
+    close(relevance(lambda w, x: fb.dense(x, w), jnp.ones((2, 1)), jnp.asarray([3.0, 2.0]), amount=0.6).input, [0.36, 0.24])
 
 
 # Independent implementations, on the same weights.

@@ -148,17 +148,21 @@ def test_001_one_neuron():
 def test_002_error_sharing():
     """Sharing in proportion to the contributions: each receives its contribution times R / Σ, the rule LRP-0.
 
-    It is the backward of a sum with the cotangent R / Σ, weighted with what went forward; not the gradient, which
-    would give both the same.
+    Its cotangent is R / Σ, relevance for a unit; weighted with what went forward it is the share. It is not the gradient,
+    which would give both the same.
     """
     entry = EXAMPLES["002_error_sharing"]
-    contributions = array(entry["contributions"])
-    total, saved = fb.dense.forward(contributions, jnp.ones((2, 1)))
-    back, _, _ = fb.dense.backward(saved, entry["error"] / total)
-    shares = contributions * back
-    compare(entry["shares"], shares)
-    assert np.isclose(shares.sum(), entry["error"], atol=1e-12)  # nothing is lost
-    gradient, _, _ = fb.dense.backward(saved, jnp.full(1, entry["error"]))
+    contributions, error, ones = array(entry["contributions"]), entry["error"], jnp.ones((2, 1))
+    shared = fb.relevance(lambda kernel, x: fb.dense(x, kernel), ones, contributions, amount=error)
+    compare(entry["shares"], shared.input)
+    assert np.isclose(shared.input.sum(), error, atol=1e-12)  # nothing is lost
+    # The same by hand, and with the contributions in the weights in place of the inputs.
+    total, saved = fb.with_rules(fb.dense, "lrp-0").forward(contributions, ones)
+    back, _, _ = fb.with_rules(fb.dense, "lrp-0").backward(saved, error / total)
+    compare(entry["shares"], contributions * back)
+    weighted = fb.relevance(lambda kernel, x: fb.dense(x, kernel), contributions[:, None], jnp.ones(2), amount=error)
+    compare(entry["shares"], weighted.input)
+    gradient, _, _ = fb.dense.backward(saved, jnp.full(1, error))
     assert gradient[0] == gradient[1]
 
 

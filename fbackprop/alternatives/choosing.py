@@ -228,7 +228,9 @@ def _given(rule: Rule, forward: Callable[..., Any], backward: Callable[..., Any]
     """The user's pair. y comes from the op's own forward, so that values stay; the compiler drops what is computed twice."""
 
     def both(**given: Any) -> Any:
-        result = forward(**given)
+        rest = tuple((name, other) for name, other in context.mode().others if name != rule.name)
+        with context.switched(others=rest):  # it may call the op itself
+            result = forward(**given)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(
                 f"with_rules: the forward given for {rule.name} must return (y, saved), got {type(result).__name__}."

@@ -85,7 +85,17 @@ _THROUGH_ZERO = ("celu", "elu", "gelu", "hard_silu", "hard_tanh", "mish", "relu6
 _WEIGHTED = ("conv", "conv_transpose", "dense")
 _LINEAR = ("adaptive_avg_pool", "avg_pool", "einsum_dense", "global_avg_pool", "lora_dense", "sum_pool")
 _CHOOSING = ("adaptive_max_pool", "dropout", "embed", "global_max_pool", "max_pool", "min_pool")
-_LOSSES = ("classification", "divergences", "losses", "margins", "regression", "vocabulary")  # modules
+_LOSSES = (
+    "classification",
+    "contrastive",
+    "ctc",
+    "divergences",
+    "losses",
+    "margins",
+    "regression",
+    "segmentation",
+    "vocabulary",
+)  # fmt: skip  (modules)
 _INSTEAD = {"gelu_mlp": "dense, gelu and dense", "norm_dense": "norm and dense", "residual_norm": "addition and norm"}
 
 
