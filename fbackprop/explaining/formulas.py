@@ -12,7 +12,7 @@ import unicodedata
 from fbackprop.explaining.blocks import Formula
 from fbackprop.rules import Rule
 
-__all__ = ["OpFormulas", "formula", "formulas", "latex"]
+__all__ = ["OpFormulas", "formula", "formulas", "is_math", "latex"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,3 +257,8 @@ def _symbol(char: str) -> str:
 def formula(text: str) -> Formula:
     """A block of one formula."""
     return Formula(text, latex(text))
+
+
+def is_math(text: str) -> bool:
+    """Whether it is a formula rather than words."""
+    return "=" in text or "∂" in text

@@ -23,6 +23,7 @@ from fbackprop.explaining.blocks import (
     Table,
     undoubled,
 )
+from fbackprop.explaining.formulas import is_math
 from fbackprop.explaining.formulas import latex as formula_latex
 from fbackprop.explaining.words import said
 
@@ -147,7 +148,7 @@ def _name(name: str) -> str:
 
 def _numbers(block: Numbers, lang: str) -> str:
     array = digits.plain_array(block.values)
-    after = rf"\qquad{{\color{{fbfaint}}{formula_latex(block.formula)}}}" if block.formula and _is_math(block.formula) else ""
+    after = rf"\qquad{{\color{{fbfaint}}{formula_latex(block.formula)}}}" if is_math(block.formula) else ""
     if array.ndim == 0:
         return rf"\fit{{{_name(block.name)} = {_number(digits.number(array[()], block.digits))}{after}}}"
     if not digits.is_small(array):
@@ -156,11 +157,6 @@ def _numbers(block: Numbers, lang: str) -> str:
     rows = r" \\ ".join(" & ".join(map(_number, row)) for row in cells)
     shape = "r" * cells.shape[1]
     return rf"\fit{{{_name(block.name)} = \left[\begin{{array}}{{{shape}}} {rows} \end{{array}}\right]{after}}}"
-
-
-def _is_math(formula: str) -> bool:
-    """Whether it is a formula rather than words."""
-    return "=" in formula or "∂" in formula
 
 
 def _summary(array: np.ndarray, lang: str) -> str:

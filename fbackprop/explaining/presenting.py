@@ -97,13 +97,16 @@ def _forward(step: Step, lang: str) -> Details:
     lines = _formulas(step)
     own: list[Block] = [
         Paragraph(OPS.get(step.op, step.summary) if lang == "ko" else step.summary),
-        *map(formula, lines.forward),
         *_split(lines.between, step, forward=True),
+        *map(formula, lines.forward),
     ]
     if options := ", ".join(f"{n}={v!r}" for n, v in step.options if v is not None and not callable(v)):
         own.append(Paragraph(said("options", lang, options=f"`{options}`")))
+    sources = {name: whence(source, lang) for name, source in step.sources}
+    taken = "; ".join(f"{name} ← {source}" for name, source in sources.items())
+    own.append(Paragraph(said("takes", lang, names=taken)))
     for name, value in step.inputs.items():
-        own.append(Numbers(name, value, said("from", lang, source=whence(step.source[name], lang)).replace("`", "")))
+        own.append(Numbers(name, value, said("from", lang, source=sources[name]).replace("`", "")))
     y = lines.forward[0] if lines.forward else step.summary
     own += [Numbers(name, value, y) for name, value in step.outputs.items()]
     own.append(Paragraph(_keeps(step.kept, lang)))
@@ -128,7 +131,7 @@ def _formulas(step: Step) -> OpFormulas:
 def _split(lines: tuple[str, ...], step: Step, forward: bool) -> list[Formula]:
     """Formulas in between: those without cotangents belong to the forward, the others to the backward."""
     pieces = [piece for line in lines for piece in _pieces(line)]
-    dys = [p.split("=")[0].strip().startswith("d") or "dy" in p for p in pieces]
+    dys = [re.search(r"\bd[a-z](?![a-z])", piece) is not None for piece in pieces]
     return [formula(piece) for piece, back in zip(pieces, dys) if back is not forward]
 
 

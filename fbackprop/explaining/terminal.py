@@ -20,6 +20,7 @@ from fbackprop.explaining.blocks import (
     Table,
     undoubled,
 )
+from fbackprop.explaining.formulas import is_math
 from fbackprop.explaining.words import said
 
 __all__ = ["renderable", "text"]
@@ -100,7 +101,7 @@ def _numbers(block: Numbers, lang: str) -> Any:
         found = [name, _matrix(array, block.digits)]
     else:
         found = [name, _summary(array, lang)]
-    if block.formula and array.ndim < 2:
+    if is_math(block.formula) and array.ndim < 2:
         found.append(Text(f"   {block.formula}", "cyan dim"))
     row.add_row(*found)
     return row

@@ -63,6 +63,7 @@ WORDS: dict[str, tuple[str, str]] = {
         "{bytes} in all, of which {given} are arguments that exist anyway. What a step before keeps already counts once.",
         "모두 {bytes}, 그중 {given}는 어차피 있는 인자이다. 앞 단계에서 이미 보관한 배열은 한 번만 센다.",
     ),
+    "takes": ("Takes: {names}.", "입력: {names}."),
     "upstream": ("Arrives from above", "위에서 도착한 기울기"),
     "hands": ("Handed on", "전달하는 기울기"),
     "keeps": ("Keeps for the backward pass: {names}.", "역전파를 위해 보관: {names}."),
