@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fbackprop as fb
+from fbackprop.training.presets import PRESETS
 
 EXAMPLES = json.loads((pathlib.Path(__file__).parent / "worked_examples.json").read_text())
 
@@ -195,6 +196,29 @@ def test_vector_form_where_paths_are_too_many():
     assert len(few.paths) == 8
     if counted.complete:  # the search did find the largest
         np.testing.assert_allclose(few.paths[0].product, counted.paths[0].product, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_vector_form_of_a_weight_of_digits_cnn():
+    def double(tree):
+        return jax.tree.map(lambda a: array(a) if jnp.issubdtype(a.dtype, jnp.floating) else jnp.asarray(a), tree)
+
+    task, key = PRESETS["digits-cnn"].task(0), jax.random.key(3)
+    params, state, batch = double(task.params), double(task.state), double({k: v[:8] for k, v in task.examples.items()})
+
+    def loss(params, batch):
+        return task.loss_fn(params, batch, state, key)[0]
+
+    record = fb.explain(loss, params, batch)
+    expected = jax.jit(jax.grad(fb.without_rules(loss)))(params, batch)
+    rng = np.random.default_rng(0)
+    for leaf, gradient in zip(record.leaves, jax.tree.leaves(expected), strict=False):
+        index = tuple(int(rng.integers(n)) for n in leaf.type.shape)
+        found = record.chain(f"{leaf.label}{list(index)}", largest=2)
+        largest = float(jnp.abs(gradient).max())
+        assert abs(found.total - float(gradient[index])) <= 1e-12 * largest, leaf.label
+        assert found.difference <= 1e-12 * largest
+        assert found.agrees
 
 
 def test_what_is_no_element_is_refused():

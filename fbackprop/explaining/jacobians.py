@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from fbackprop.explaining.marking import flat_cotangents
 from fbackprop.explaining.program import Node, is_float
 from fbackprop.explaining.record import Explanation
 from fbackprop.rules import Saved, _run_backward
@@ -122,7 +123,7 @@ class Jacobians:
         assert call is not None
         kinds = tuple((t.shape, t.dtype) for t in call.types)
         found = _op_rows(saved, _one_hot(elements, call.types[output]), kinds=kinds, tree=call.out_tree, output=output)
-        return self._flat(node, dict(enumerate(_flat_cotangents(found, call.tree))), len(elements))
+        return self._flat(node, dict(enumerate(flat_cotangents(found, call.tree))), len(elements))
 
     def _flat(self, node: Node, found: dict[int, Any], rows: int) -> dict[int, np.ndarray]:
         inputs = [i for i in self.places(node)[1] if found.get(i) is not None]
@@ -134,15 +135,7 @@ class Jacobians:
         outputs = self.places(node)[0]
         if node.call is None:
             given = [self.values[v] for v in node.inputs]
-            moved = [i for i, v in enumerate(node.inputs) if is_float(self.program.types[v])]
-
-            def of(*values: Any) -> list[Any]:
-                every = list(given)
-                for i, value in zip(moved, values):
-                    every[i] = value
-                results = node.run(*every)  # type: ignore[misc]
-                return [results[o] for o in outputs]
-
+            moved, of = node.of_floats(given, outputs)
             dots = [tangents.get(i, jnp.zeros_like(given[i])) for i in moved]
             return dict(zip(outputs, jax.jvp(of, [given[i] for i in moved], dots)[1]))
         call = node.call
@@ -173,14 +166,6 @@ def _one_hot(elements: np.ndarray, kind: Any) -> np.ndarray:
     return (elements[:, None] == np.arange(size)[None, :]).astype(kind.dtype).reshape(-1, *kind.shape)
 
 
-def _flat_cotangents(found: Sequence[Any], tree: Any) -> list[Any]:
-    """What a backward returned as one cotangent or None for each array among the arguments."""
-    flat: list[Any] = []
-    for own, part in zip(found, tree.children()):
-        flat += [None] * part.num_leaves if own is None else part.flatten_up_to(own)
-    return flat
-
-
 def _zero(shape: Any, dtype: Any) -> Any:
     return jnp.zeros(shape, dtype) if jnp.issubdtype(dtype, jnp.inexact) else np.zeros(shape, jax.dtypes.float0)
 
@@ -201,7 +186,7 @@ def _op_transposed(saved: Saved, dys: Any, dots: Any, *, kinds: Any, tree: Any, 
         every = [_zero(*kind) for kind in kinds]
         for o, d in zip(outputs, dys):
             every[o] = d
-        found = _flat_cotangents(_run_backward(saved, jax.tree.unflatten(tree, every)), given)
+        found = flat_cotangents(_run_backward(saved, jax.tree.unflatten(tree, every)), given)
         return [found[i] for i in inputs]
 
     return jax.vjp(backward, dys)[1](dots)[0]

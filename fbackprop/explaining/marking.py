@@ -5,7 +5,7 @@ Where the primitive meets a transformation under which a call is not one record,
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 from fbackprop import context
 from fbackprop.rules import Rule, Saved, _run_forward
 
-__all__ = ["PRIMITIVE", "Call", "mark", "paths_of", "refuse"]
+__all__ = ["PRIMITIVE", "Call", "flat_cotangents", "mark", "paths_of", "refuse"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +48,14 @@ class Call:
     @property
     def options(self) -> dict[str, Any]:
         return dict(zip(self.rule.static, self.static))
+
+
+def flat_cotangents(found: Sequence[Any], tree: Any) -> list[Any]:
+    """What a backward returned, as one cotangent or None for each array among the arguments."""
+    flat: list[Any] = []
+    for own, part in zip(found, tree.children()):
+        flat += [None] * part.num_leaves if own is None else part.flatten_up_to(own)
+    return flat
 
 
 def paths_of(tree: Any) -> list[str]:

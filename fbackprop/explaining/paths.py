@@ -29,6 +29,9 @@ from fbackprop.rules import Rule
 
 __all__ = ["chain"]
 
+MOST_NUMBERS = 2**22
+"""Of local derivatives that a search looks at in one go."""
+
 
 def chain(explanation: Explanation, place: str, argument: int | str | None, paths: int, largest: int, entries: int) -> Chain:
     """See ``Explanation.chain``."""
@@ -233,7 +236,9 @@ class _Walk:
         for number in reversed(self.nodes):
             node = self.graph.program.nodes[number]
             for o, value in enumerate(node.outputs):
-                kept = sorted(waiting.pop(value, []), key=lambda entry: -entry[0])[:beam]
+                widest = max(self.graph.size(node.inputs[j]) for j in self._inputs(node))
+                few = max(4, min(beam, MOST_NUMBERS // widest))
+                kept = sorted(waiting.pop(value, []), key=lambda entry: -entry[0])[:few]
                 if not kept:
                     continue
                 rows = self.graph.rows(number, o, np.array([element for _, _, element, _ in kept]))
@@ -261,7 +266,9 @@ def _without_moves(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
     return tuple(f for f in factors if f.kind != "jax" or f.value != 1)
 
 
-_LOSSES = {"losses", "regression", "classification", "margins", "divergences", "lengths", "vocabulary"}
+_LOSSES = {
+    "losses", "regression", "classification", "margins", "divergences", "ctc", "contrastive", "segmentation", "vocabulary",
+}  # fmt: skip
 _ACTIVATIONS = {"activations", "piecewise", "straight_through", "probabilities", "gated", "gating"}
 _LINEAR = {"linear", "convolution", "transposed", "adapters", "contraction"}
 _OTHERS = {

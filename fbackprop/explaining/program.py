@@ -40,18 +40,23 @@ class Node:
         assert self.run is not None
         if self.name == "unstack":
             return [jnp.stack(list(cotangents))]
-        moved = [i for i, v in enumerate(given) if is_float(v)]
         floats = [i for i, d in enumerate(cotangents) if d is not None]
+        moved, of = self.of_floats(given, floats)
+        found = iter(jax.vjp(of, *(given[i] for i in moved))[1]([cotangents[i] for i in floats]))
+        return [next(found) if i in moved else None for i in range(len(given))]
+
+    def of_floats(self, given: Sequence[Any], outputs: Sequence[int]) -> tuple[list[int], Callable[..., list[Any]]]:
+        """The places of the floating-point inputs, and the operation as a function of these alone, with some outputs."""
+        moved = [i for i, v in enumerate(given) if is_float(v)]
 
         def of(*values: Any) -> list[Any]:
             every = list(given)
             for i, value in zip(moved, values):
                 every[i] = value
             results = self.run(*every)  # type: ignore[misc]
-            return [results[i] for i in floats]
+            return [results[o] for o in outputs]
 
-        found = iter(jax.vjp(of, *(given[i] for i in moved))[1]([cotangents[i] for i in floats]))
-        return [next(found) if i in moved else None for i in range(len(given))]
+        return moved, of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbackprop.explaining.calling import Arguments, labels_of, name_of
+from fbackprop.explaining.marking import flat_cotangents
 from fbackprop.explaining.program import Call, Node, Program, is_float, traced
 from fbackprop.explaining.record import Explanation, KeptAt, Leaf, StepAt, Structure
 from fbackprop.explaining.sources import layer_of, sources_of
@@ -193,9 +194,7 @@ class _Writing:
     def _op_cotangents(self, number: int, node: Node, call: Call, dys: list[Any]) -> list[Any]:
         saved = self.saved[number]
         found = _op_backward(saved, jax.tree.unflatten(call.out_tree, dys))
-        flat: list[Any] = []
-        for own, part in zip(found, call.tree.children()):
-            flat += [None] * part.num_leaves if own is None else part.flatten_up_to(own)
+        flat = flat_cotangents(found, call.tree)
         # What no floating-point argument reaches was not kept for, and its cotangent is nobody's.
         flat = [d if v in self.program.moving else None for v, d in zip(node.inputs, flat)]
         self.upstream[number], self.cotangents[number] = dys, flat
