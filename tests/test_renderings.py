@@ -21,6 +21,7 @@ from fbackprop.explaining import blocks as b
 from fbackprop.explaining import digits, explain, formulas, latex, page, terminal, words
 from fbackprop.explaining.presenting import explanation_blocks, kept_table
 from fbackprop.explaining.presenting_chains import chain_blocks
+from fbackprop.explaining.presenting_keeping import keeping_blocks
 
 ROOT = pathlib.Path(fb.__file__).parent
 WORKED = json.loads((pathlib.Path(__file__).parent / "worked_examples.json").read_text(encoding="utf-8"))["000_two_three_two"]
@@ -201,6 +202,21 @@ def test_the_table_of_bytes_sums_to_what_is_kept(large):
     table = kept_table(large)
     assert sum(row[-1] for row in table.rows) == large.kept_bytes
     assert len(table.rows) == sum(len(step.kept) for step in large.steps)
+
+
+def test_what_saved_found_renders_in_all_forms():
+    def loss(params, x):
+        return fb.half_square(fb.tanh(fb.dense(x, params["kernel"])), jnp.zeros((4, 3)))
+
+    keeping = fb.saved(loss, {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}, jax.ShapeDtypeStruct((4, 2), jnp.float32))
+    for lang in words.LANGUAGES:
+        blocks = keeping_blocks(keeping, lang)
+        arrays, rivals = (x for x in blocks if isinstance(x, b.Table))
+        assert sum(row[-1] for row in arrays.rows) == keeping.total
+        assert [row[1] for row in rivals.rows] == [rival.bytes for rival in keeping.rivals]
+        assert digits.size(keeping.total) in terminal.text(blocks, lang)
+        assert not Parsed(page.page(blocks, lang)).faults
+        assert latex.latex(blocks, lang)
 
 
 def test_korean_is_korean(large):

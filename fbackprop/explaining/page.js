@@ -29,10 +29,15 @@
     if (block.dataset.formula) lines.push(block.dataset.formula);
     return lines.join("\n");
   };
+  let beside = null;
   const show = (text, near) => {
     tip.textContent = text;
     tip.hidden = false;
-    const at = near.getBoundingClientRect(), own = tip.getBoundingClientRect();
+    beside = near;
+    place();
+  };
+  const place = () => {
+    const at = beside.getBoundingClientRect(), own = tip.getBoundingClientRect();
     const left = Math.min(Math.max(at.left, 8), innerWidth - own.width - 8);
     const below = at.bottom + 8 + own.height < innerHeight;
     tip.style.left = `${Math.max(left, 8)}px`;
@@ -47,7 +52,7 @@
     const cell = event.target.closest("td");
     show(words(block, cell), cell ?? block);
   });
-  document.addEventListener("scroll", hide, { passive: true, capture: true });
+  document.addEventListener("scroll", () => { if (!tip.hidden) place(); }, { passive: true, capture: true });
 
   // With the keyboard: Tab reaches an array, arrows its elements, Escape hides.
   let at = null;

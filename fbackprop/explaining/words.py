@@ -100,6 +100,22 @@ WORDS: dict[str, tuple[str, str]] = {
     "column_derivative": ("derivative", "미분"),
     "column_value": ("value", "값"),
     "column_label": ("kind", "구분"),
+    "keeping_title": ("Bytes that {name} keeps for its backward pass", "{name}: 역전파를 위해 보관하는 바이트"),
+    "keeping_about": (
+        "{total} in all, each array once: {given} are parameters and arguments, which exist anyway; {own} exist for the "
+        "backward pass alone.",
+        "모두 {total}이며 각 배열은 한 번만 센다. {given}는 어차피 있는 매개변수와 인자이고, {own}는 역전파만을 위한 것이다.",
+    ),
+    "keeping_rivals": ("The same gradient in other ways", "같은 기울기를 구하는 다른 방법"),
+    "keeping_rivals_about": (
+        "Matrix products of forward and backward together, the least as 1.",
+        "행렬곱: 순전파와 역전파를 합친 연산량이며, 가장 적은 방법을 1로 한다.",
+    ),
+    "column_maker": ("made by", "만든 연산"),
+    "column_times": ("times", "개수"),
+    "column_way": ("way", "방법"),
+    "column_size": ("size", "크기"),
+    "column_products": ("matrix products", "행렬곱"),
     "column_path": ("path", "경로"),
     "column_product": ("product", "곱"),
     "column_share": ("share", "비율"),
