@@ -18,6 +18,7 @@ models (examples × tokens, or pixels along an edge):
 variants:
   ours                    blocks under a scan; also unrolled, and under jax.checkpoint
   jax.grad                the same model without our rules; also unrolled
+  flax                    Flax's model of the same size, and the same through fbackprop.accelerate (language models)
   checkpoint, …           jax.checkpoint around each block (resnet50: around the model) without a policy, with dots_saveable and
                           with dots_with_no_batch_dims_saveable; also with the loss in chunks of tokens, each computed again
 """

@@ -26,6 +26,7 @@ from jax.experimental import topologies
 from rich.table import Table
 
 from fbackprop import ops
+from fbackprop.accelerating import accelerate
 from fbackprop.context import without_rules
 from fbackprop.files import write_json
 from fbackprop.loading import near
@@ -213,6 +214,20 @@ def _token_steps(name: str, batch: int, length: int, platform: str) -> Iterator[
     for loss, note in ((twin, ""), (in_chunks, ", loss in chunks")):
         for policy in POLICIES:
             yield f"{policy}{note}", step(loss, checkpoint="full" if policy == "checkpoint" else policy)
+    if _imports("flax"):
+        flax, params = _flax_loss(named(name, **options))
+        yield "flax", (jax.value_and_grad(flax), (params,), (tokens, tokens))
+        yield "flax, accelerated", (jax.value_and_grad(accelerate(flax)), (params,), (tokens, tokens))
+
+
+def _flax_loss(model: Any) -> tuple[Callable[[Any, Any, Any], Any], Any]:
+    """Flax's model of the same size, unrolled as it stands there, and the types of its parameters."""
+    from fbackprop.measuring.twins.language_flax import flax_language_loss, flax_language_weights
+
+    own, _ = jax.eval_shape(model.init, jax.random.key(0), model.example)
+    params = jax.eval_shape(functools.partial(flax_language_weights, model), own)
+    loss = flax_language_loss(model, model.attention)
+    return (lambda params, tokens, targets: loss(params, (), (tokens, targets))[0]), params
 
 
 def _loss_in_chunks(model: Any, params: Any, tokens: jax.Array, targets: jax.Array, chunks: int = 16) -> jax.Array:

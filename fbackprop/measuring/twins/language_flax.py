@@ -5,6 +5,7 @@ optax's, on float32 logits; ``nn.remat`` stands around each block where there is
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from fbackprop.measuring.twins import Side
 from fbackprop.models.gpt import GPT
 from fbackprop.models.transformer import unstack_blocks
 
-__all__ = ["flax_language"]
+__all__ = ["flax_language", "flax_language_loss", "flax_language_weights"]
 
 Attention = Literal["xla", "cudnn"] | None
 
@@ -88,16 +89,22 @@ def _turned(x: jax.Array, size: GPT) -> jax.Array:
 
 def flax_language(model: GPT, params: Any, attention: Attention = None, policy: Any = False) -> Side:
     """The model with our weights. ``policy``: of ``jax.checkpoint``, or None for all of it; False for no checkpoint."""
+    return Side(flax_language_loss(model, attention, policy), flax_language_weights(model, params), ())
+
+
+def flax_language_loss(model: GPT, attention: Attention = None, policy: Any = False) -> Callable[[Any, Any, Any], Any]:
+    """``loss(params, state, batch) -> (loss, state)``, with an empty state."""
     module = Language(model, attention, policy)
 
     def loss(params: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         logits: Any = module.apply({"params": params}, batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch[1]).mean(), state
 
-    return Side(loss, _weights(model, params), ())
+    return loss
 
 
-def _weights(model: GPT, params: Any) -> Any:
+def flax_language_weights(model: GPT, params: Any) -> Any:
+    """Our parameters as Flax's."""
     rest = dict(unstack_blocks(params) if model.scan else params)
     blocks = rest.pop("blocks")
     return rest | {f"block_{i}": _block(model, block) for i, block in enumerate(blocks)}
