@@ -42,9 +42,7 @@ def network(activation, initializer, depth, width):
 
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--full", action="store_true", help="as described; without, six small layers, and the first and the last of the four"
-    )
+    parser.add_argument("--full", action="store_true", help="as described; without, six small layers, and two of the four")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="where the pictures go (default: a new folder)")
     options = parser.parse_args()
     out = options.out or pathlib.Path(tempfile.mkdtemp(prefix="health-"))

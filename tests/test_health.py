@@ -195,6 +195,15 @@ def test_gains_dead_and_saturated_shares_equal_plain_jax_numpy():
     ]
 
 
+def test_norms_are_those_of_the_explanation_of_the_same_backward_pass():
+    loss, params, *batch = stack(4, 1, fb.tanh)
+    found = fb.health(loss, params, *batch, try_fixes=False)
+    steps = fb.explain(loss, params, *batch).steps
+    assert [call.op for call in found.now.layout.calls] == [step.op for step in steps]
+    upstream = [np.sqrt(sum(float((d**2).sum()) for d in step.upstream.values() if d is not None)) for step in steps]
+    assert found.now["dout"].tolist() == pytest.approx(upstream, rel=1e-5)
+
+
 def test_each_step_of_a_scan_is_a_layer():
     kernel = np.random.default_rng(0).normal(size=(3, 4, 4)).astype(np.float32)
     params = {"blocks": {"kernel": kernel, "bias": np.zeros((3, 4), np.float32)}}

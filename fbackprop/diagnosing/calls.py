@@ -32,7 +32,11 @@ KERNELS = ("kernel", "recurrent_kernel", "up", "gate", "down")
 _NAME = "fbackprop_call_"
 _VIEWS = ("convert_element_type", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "copy", "copy_p",
           "optimization_barrier", "slice", "dynamic_slice", "stop_gradient")  # fmt: skip
-_LOSSES = ("fbackprop.ops.losses", "fbackprop.ops.vocabulary")
+_LOSSES = tuple(
+    f"fbackprop.ops.{name}"
+    for name in ("losses", "vocabulary", "classification", "contrastive", "ctc", "divergences", "margins", "regression",
+                 "segmentation")
+)  # fmt: skip
 
 Place = tuple[int, int | None]
 """A parameter, as its number among the leaves, and its place in a stack (None: all of it)."""
@@ -212,7 +216,7 @@ def _view(equation: Any, inputs: list[Place | None]) -> list[Place | None]:
 
 def _layout(params: Any, found: list[_Found], places: dict[int, list[Place | None]]) -> Layout:
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") or "params" for path, _ in leaves]
     shapes = [jnp.shape(leaf) for _, leaf in leaves]
     used = [p for own in places.values() for p in own if p is not None]
     stacked = [any(number == i and index is not None for number, index in used) for i in range(len(leaves))]

@@ -283,7 +283,7 @@ def _not_finite_backward(seen: Look) -> Iterator[Finding]:
             names = ", ".join(layout.inputs[j][1].name for j in bad)
             message = f"the first cotangents that are not finite come out of the backward of {where}, for {names}."
             forward = [j for j in given if seen["bad_in"][j]]
-            reason = "its inputs are not, in the forward" if forward else _why(seen, i, call, given)
+            reason = "its inputs are not, in the forward" if forward else _why(seen, i, call, given, float(seen["dout"][i]))
             cause = f"the cotangent of its output is finite (norm {seen['dout'][i]:.3g}); {reason}"
         else:
             continue
@@ -295,12 +295,11 @@ def _not_finite_backward(seen: Look) -> Iterator[Finding]:
         yield Finding("non-finite backward", layer, f"the gradient of {layer} is not finite.", cause)
 
 
-def _why(seen: Look, i: int, call: Call, given: list[int]) -> str:
-    """Whether numbers of this size can overflow the dtype."""
+def _why(seen: Look, i: int, call: Call, given: list[int], cotangent: float = 1.0) -> str:
+    """Whether numbers of this size, multiplied and summed, can overflow the dtype."""
     limit = float(jnp.finfo(call.dtype).max) if call.dtype else math.inf
-    peaks = [float(seen["peak_in"][j]) for j in given]
-    reachable = np.prod([max(p, 1.0) for p in peaks]) * max(call.elements, 1)
-    if limit < 1e6 or reachable > limit:
+    sizes = [cotangent, *(float(seen["peak_in"][j]) for j in given)]
+    if math.prod(max(size, 1.0) for size in sizes) * max(call.elements, 1) > limit:
         return f"the result overflows {call.dtype}, whose largest number is {limit:.3g}."
     if call.is_loss:
         return "the loss of at least one example is infinite: its label has probability 0, or is none of the classes."

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbackprop.diagnosing.calls import Call, Layout, Place, is_float, under
+from fbackprop.diagnosing.calls import Call, Layer, Layout, Place, is_float, under
 from fbackprop.diagnosing.variants import AS_IT_IS, DYING, SQUASHING, Variant, run_rule
 from fbackprop.rules import Rule, Static
 
@@ -94,11 +94,7 @@ def look(
     inputs = [_row_of_input(one) for own in measured for one in own["in"]]
     trees = [[jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (params, grads, update(grads, value))]
     squares = [_squares(tree, layout) for tree in trees]
-    layers = [
-        jnp.stack([jnp.sqrt(sum((own[p] for p in layer.places), jnp.zeros(()))) for own in squares]
-                  + [jnp.sqrt(squares[0][layer.kernel]) if layer.kernel else jnp.zeros(())])
-        for layer in layout.layers
-    ]  # fmt: skip
+    layers = [_row_of_layer(layer, squares) for layer in layout.layers]
     rows = _columns(calls, len(_OF_CALL)), _columns(inputs, len(_OF_INPUT)), _columns(layers, len(_OF_LAYER))
     return Look(value, *rows, layout)
 
@@ -120,6 +116,13 @@ def _row_of_input(m: dict[str, Any]) -> jax.Array:
     if not m:  # a parameter, in a quick look
         return jnp.stack([zero, zero, zero, zero])
     return jnp.stack([jnp.sqrt(m["d2"]), m.get("bad", zero), m.get("bad_d", ~jnp.isfinite(m["d2"])), m.get("peak", zero)])
+
+
+def _row_of_layer(layer: Layer, squares: list[dict[Place, jax.Array]]) -> jax.Array:
+    zero = jnp.zeros(())
+    sums = [sum((own[place] for place in layer.places), zero) for own in squares]
+    kernel = zero if layer.kernel is None else squares[0].get(layer.kernel, zero)
+    return jnp.sqrt(jnp.stack([*sums, kernel]))
 
 
 def _squares(leaves: list[Any], layout: Layout) -> dict[Place, jax.Array]:

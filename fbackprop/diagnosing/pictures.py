@@ -21,8 +21,14 @@ _MOST_NAMES = 26
 def draw(health: "Health", path: pathlib.Path) -> None:
     """Gradient and gain over depth, updates, the trials and the rates, as far as there are any."""
     trials = list({t.change: t for f in health.findings for t in f.trials}.values())
-    panels = ["depth", "gain", *(["update"] if health.after is not None else []), *(["trials"] if trials else []),
-              *(["rates"] if health.rates else [])]  # fmt: skip
+    wanted = {
+        "depth": True,
+        "gain": any(math.isfinite(row.gain) for row in health.layers),
+        "update": health.after is not None,
+        "trials": bool(trials),
+        "rates": bool(health.rates),
+    }
+    panels = [name for name, is_wanted in wanted.items() if is_wanted]
     count = len(health.findings)
     title = (
         f"health: {', '.join(dict.fromkeys(f.kind for f in health.findings))}" if count else "health: nothing wrong was found"
