@@ -57,8 +57,10 @@ def latex(blocks: Sequence[Block], lang: str = "en") -> str:
     Args:
       blocks: what to show. lang: "en" or "ko", the language that blocks are in.
     """
-    korean = "\\usepackage{kotex}\n" if lang == "ko" else ""
-    return _PREAMBLE % {"korean": korean} + _blocks(blocks, lang) + "\n\\end{document}\n"
+    body = _blocks(blocks, lang)
+    hangul = lang == "ko" or any(not char.isascii() and _is_hangul(char) for char in body)  # an English text may cite some
+    korean = "\\usepackage{kotex}\n" if hangul else ""
+    return _PREAMBLE % {"korean": korean} + body + "\n\\end{document}\n"
 
 
 def _blocks(blocks: Sequence[Block], lang: str) -> str:

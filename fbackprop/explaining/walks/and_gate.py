@@ -56,7 +56,7 @@ def walk(language: str) -> Walk:
     )
     t.section("The gate by a step", "계단 함수로 만든 게이트")
     t.formula(
-        "y = step(x₁w₁ + x₂w₂ + b),  step(x) = 0 for x ≤ 0, 1 for x > 0",
+        "y = step(x₁w₁ + x₂w₂ + b),  step(x) = 0 (x ≤ 0), 1 (x > 0)",
         r"y = \mathrm{step}(x_1 w_1 + x_2 w_2 + b),\quad \mathrm{step}(x) = 0\ (x \le 0),\ 1\ (x > 0)",
     )
     t.text("One row for each case; the weights are an instance of ours.", "한 행이 한 경우이며, 가중치 값은 여기서 정했다.")
@@ -76,7 +76,7 @@ def walk(language: str) -> Walk:
         "계단 함수는 양쪽이 평평하다. 미분할 수 있는 곳에서는 미분이 모두 0이므로 그 앞의 기울기도 모두 0이 된다.",
     )
     truth = jax.grad(lambda w: without_rules(gate)(w, inputs).sum())(weights)
-    t.number("step/gradient_w", truth["weights"], "the derivative of the definition", "dw")
+    t.number("step/gradient_w", truth["weights"], t.say("the derivative of the definition", "정의의 미분"), "dw")
     t.text(
         "The library's `step_ste` says by its name what its backward does instead: straight through, as if the step were the "
         "identity. That is useful, but it is not the gradient:",
@@ -86,7 +86,7 @@ def walk(language: str) -> Walk:
     t.number(
         "step/straight_through_w",
         stepped.gradients[0]["weights"],
-        "Σ over rows of x",
+        "Σ x",
         t.say("dw, straight through", "dw (그대로 흘린 값)"),
     )
 
@@ -112,7 +112,7 @@ def _learned(t: Telling, inputs: Any, targets: Any) -> None:
     t.kept(record)
     t.section("Loss", "손실")
     t.formula("E = Σ ½ (y − t)²", r"E = \sum_{\text{rows}} \tfrac12 (y - t)^2")
-    t.number("sigmoid_training/first/E", loss.outputs["y"], "four times ½ · ½²")
+    t.number("sigmoid_training/first/E", loss.outputs["y"], "4 · ½ · ½²")
     t.section("Backward", "역전파")
     t.text("The error of each row, positive where the output is too large:", "각 행의 오차. 출력이 너무 크면 양수이다.")
     t.number("sigmoid_training/first/dy", activation.upstream["y"][:, 0], "dy = y − t")

@@ -152,5 +152,7 @@ def walk(language: str) -> Walk:
     updated = descend(weights, gradient, RATE)
     for name, value in updated.items():
         t.number(f"updated/{name}", value, f"{name} − {RATE} d{name}")
-    t.number("J_after_update", network(updated, X), "J with the updated weights: smaller")
+    t.number(
+        "J_after_update", network(updated, X), t.say("J with the updated weights: smaller", "업데이트한 가중치의 J: 더 작다")
+    )
     return t.finished(t.say("A convolutional network (seed 004)", "합성곱 신경망 (문서 004)"))

@@ -34,7 +34,7 @@ def walk(language: str) -> Walk:
         "준 노드가 오차도 더 많이 받는다.",
     )
     t.section("Forward", "순전파")
-    t.number("contributions", contributions, "what each node passes on")
+    t.number("contributions", contributions, t.say("what each node passes on", "각 노드가 보낸 값"))
     t.number("total", total[0], "3 + 2")
     t.text(
         "The contributions must be known before anything can be shared out in proportion to them: the forward pass comes "
@@ -42,7 +42,7 @@ def walk(language: str) -> Walk:
         "비율대로 나누려면 먼저 각각이 얼마를 보냈는지 알아야 한다. 그래서 순전파가 먼저이다.",
     )
     t.section("The error", "오차")
-    t.number("error", error, "of the output, given in the document")
+    t.number("error", error, t.say("of the output, given in the document", "문서에 주어진 출력의 오차"))
     t.section("Backward: sharing in proportion", "역전파: 비율대로 나누기")
     t.formula("Rᵢ = zᵢ / Σⱼ zⱼ · R", r"R_i = \frac{z_i}{\sum_j z_j}\, R")
     t.text(
@@ -51,7 +51,7 @@ def walk(language: str) -> Walk:
         "이 규칙에는 이름이 있다. 층별 관련도 전파(layer-wise relevance propagation)의 LRP-0이다. 0.6의 5분의 3과 5분의 2이다. "
         "여기서는 `dense`의 기울기 자리에 이 규칙을 넣는 `fbackprop.relevance`로 계산한다.",
     )
-    t.number("shares", shared.input, "3 / 5 · 0.6 and 2 / 5 · 0.6")
+    t.number("shares", shared.input, "3 / 5 · 0.6, 2 / 5 · 0.6")
     t.text(
         "Nothing is lost on the way: the shares add up to the error.",
         "나누는 동안 사라지는 것이 없다. 몫을 더하면 오차와 같다.",
@@ -65,7 +65,7 @@ def walk(language: str) -> Walk:
         "기울기는 다른 것을 묻는다. ‘이 노드에서 얼마가 왔는가’가 아니라 ‘이 노드를 조금 바꾸면 출력이 얼마나 바뀌는가’이다. "
         "합은 어느 쪽을 바꿔도 1만큼씩 바뀌므로, 보낸 양과 관계없이 둘 다 오차를 통째로 받는다.",
     )
-    t.number("gradient", record.gradients[1], "1 · 0.6 for both")
+    t.number("gradient", record.gradients[1], "1 · 0.6")
     t.note(
         "Sharing explains a prediction; it does not train. Weights are updated by the gradient. The gradient is multiplied by "
         "the weight on its way (seed 000's 웨) and does not conserve a total: here 1.2 arrive from 0.6.",

@@ -102,5 +102,7 @@ def walk(language: str) -> Walk:
     updated = descend(weights, gradient, RATE)
     t.number("updated/w", updated["w"], "w − α G_w")
     t.number("updated/b", updated["b"], "b − α G_b")
-    t.number("after_update/error", network(updated, x, target), "E with the new w and b: smaller")
+    t.number(
+        "after_update/error", network(updated, x, target), t.say("E with the new w and b: smaller", "새 w와 b의 E: 더 작다")
+    )
     return t.finished(t.say("One neuron (seed 001)", "뉴런 하나 (문서 001)"))

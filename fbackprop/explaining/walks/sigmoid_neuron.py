@@ -103,7 +103,7 @@ def walk(language: str) -> Walk:
         p = predict(new, x)[0]
         t.number(f"updated/{rate}/W", new["W"], f"W − {rate} dW", f"W ({rate})")
         t.number(f"updated/{rate}/b", new["b"], f"b − {rate} db", f"b ({rate})")
-        t.number(f"updated/{rate}/prediction", p, "σ(S) with the new W and b", f"p ({rate})")
+        t.number(f"updated/{rate}/prediction", p, t.say("σ(S) with the new W and b", "새 W와 b의 σ(S)"), f"p ({rate})")
         t.number(f"updated/{rate}/error", network(new, x, target), "½ (p − target)²", f"E ({rate})")
     t.note(
         "The document says that backpropagation needs a convex error function. It does not: the chain rule holds for any that "

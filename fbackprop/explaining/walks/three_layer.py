@@ -123,6 +123,7 @@ def _wrong_forward(t: Telling, weights: Any, x: Any, values: Any) -> None:
     for name, value in printed.items():
         t.number(f"document_says/{name}", value, why[name], t.say(f"{name} in the document", f"문서의 {name}"))
         t.show(t.say(f"{name}, right", f"올바른 {name}"), values[name])
+    t.table(t.say("number|what is wrong", "숫자|틀린 점").split("|"), tuple(why.items()))
     t.text(
         "Recomputed from the document's own lines: W1 x without b1 is its h1, bias forgotten. From that h1 its second line "
         "would give another h2, and from its h2 its third line another y:",
@@ -219,7 +220,12 @@ def _update(t: Telling, weights: Any, x: Any, y_true: Any, rate: float, gradient
         f"{len(dead)}개는 이제 입력이 음수이다. relu는 거기서 0을 내고 기울기도 0이므로 그 가중치에는 더 이상 기울기가 오지 "
         "않는다. 예제가 이것 하나뿐이라면 다시 살아나지 않는다.",
     )
-    t.number("after_update/dW1", after.gradients[0]["W1"], "dW1 after the update: rows of zeros", "dW1")
+    t.number(
+        "after_update/dW1",
+        after.gradients[0]["W1"],
+        t.say("dW1 after the update: rows of zeros", "업데이트한 뒤의 dW1: 0인 행"),
+        "dW1",
+    )
     t.text(
         f"The loss after 0, 1, 2, … {UPDATES} updates, row by row:",
         f"업데이트를 0, 1, 2, … {UPDATES}번 한 뒤의 손실 (한 줄씩 차례로):",
@@ -234,8 +240,8 @@ def _update(t: Telling, weights: Any, x: Any, y_true: Any, rate: float, gradient
         f"더 작은 학습률이면 모두 살아 있다. 5분의 1인 {SMALL_RATE}로 하면 다음과 같다.",
     )
     t.keep("small_rate/learning_rate", SMALL_RATE)
-    t.number("small_rate/a1", small.steps[0].outputs["y"], "W1 x + b1 after one update with 0.002", "a1 (0.002)")
-    t.number("small_rate/h1", small.steps[1].outputs["y"], "relu(a1): all three alive", "h1 (0.002)")
+    t.number("small_rate/a1", small.steps[0].outputs["y"], "W1 x + b1", "a1 (0.002)")
+    t.number("small_rate/h1", small.steps[1].outputs["y"], "relu(a1)", "h1 (0.002)")
     small_by_step = np.asarray(losses(weights, x, y_true, SMALL_RATE))
     t.keep("small_rate/loss_by_step", small_by_step)
     t.show("J (0.002)", small_by_step.reshape(3, 4), t.say("J after 0, 1, 2, … updates", "업데이트를 0, 1, 2, … 번 한 뒤의 J"))

@@ -246,5 +246,6 @@ def _update(t: Telling, record: Explanation, loss: Any, params: Any, x: Any) -> 
         f"One step of gradient descent on this digit alone, with a rate of {RATE}; nothing is written back.",
         f"이 숫자 하나로, 학습률 {RATE}로 경사 하강법을 한 번 해 본다. 저장된 파라미터는 바뀌지 않는다.",
     )
-    t.number("after_update/loss", loss(descend(params, record.gradients[0], RATE), x), "L with the new parameters",
-             t.say("loss after the step", "업데이트 뒤의 손실"))  # fmt: skip
+    after = loss(descend(params, record.gradients[0], RATE), x)
+    name = t.say("loss after the step", "업데이트 뒤의 손실")
+    t.number("after_update/loss", after, t.say("L with the new parameters", "새 파라미터의 L"), name)

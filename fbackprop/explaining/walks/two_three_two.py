@@ -121,8 +121,8 @@ def walk(language: str) -> Walk:
     paths = chain_of(t, record, "W1[0, 0]", ("d1", "n1", "d2", "y_hat", "loss"))
     through = {f"through_output_{path.factors[0].into[0]}": path.product for path in paths}
     for name in sorted(through):
-        t.number(f"paths_of_W1_0_0/{name}", through[name], "loss · 액 · 웨 · 액 · 앤")
-    t.number("paths_of_W1_0_0/sum", sum(through.values()), "the sum over the paths = dW1[0, 0]")
+        t.number(f"paths_of_W1_0_0/{name}", through[name], t.say("loss · 액 · 웨 · 액 · 앤", "손실 · 액 · 웨 · 액 · 앤"))
+    t.number("paths_of_W1_0_0/sum", sum(through.values()), t.say("the sum over the paths = dW1[0, 0]", "경로의 합 = dW1[0, 0]"))
     t.note(
         "The document's first result is one path alone, through the first output, and it says itself that this is wrong: the "
         "hidden node reaches the second output too. Here the first path alone even has the wrong sign, so a step along it "
@@ -145,7 +145,7 @@ def walk(language: str) -> Walk:
     updated = descend(weights, record.gradients[0], RATE)
     for name, value in updated.items():
         t.number(f"updated/{name}", value, f"{name} − {RATE} d{name}")
-    t.number("after_update/loss", network(updated, x, y), "the loss after the update")
+    t.number("after_update/loss", network(updated, x, y), t.say("the loss after the update", "업데이트한 뒤의 손실"))
     return t.finished(
         t.say("Two inputs, three hidden nodes, two outputs (seed 000)", "입력 2, 은닉 3, 출력 2의 신경망 (문서 000)")
     )
