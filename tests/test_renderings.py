@@ -98,6 +98,13 @@ def test_a_number(value, text):
     assert digits.number(value) == text
 
 
+def test_all_digits_are_those_of_the_dtype():
+    assert digits.exact(np.float64(np.float32(0.1)), np.float32) == "0.1"
+    assert digits.exact(np.float64(np.float32(0.1)), np.float64) == "0.10000000149011612"
+    assert digits.exact(np.float64(-0.5), jnp.bfloat16) == "−0.5"
+    assert digits.exact(np.int32(12345)) == "12,345"
+
+
 def test_numbers_of_an_array_align_and_lose_no_small_one():
     assert list(digits.cells(np.array([0.0345, -0.5, 0.0, 1.0]))) == ["0.0345", "−0.5000", "0", "1.0000"]
     assert list(digits.cells(np.array([1e-9, 1.0]))) == ["1e−9", "1"]

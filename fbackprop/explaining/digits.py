@@ -54,10 +54,13 @@ def number(value: Any, digits: int = 6) -> str:
     return text.replace("-", "−")
 
 
-def exact(value: Any) -> str:
-    """One number with all of its digits."""
+def exact(value: Any, dtype: Any = None) -> str:
+    """One number with all of the digits that it has in a dtype."""
     value = value.item() if hasattr(value, "item") else value
-    return repr(value).replace("-", "−") if isinstance(value, float) else number(value)
+    if not isinstance(value, float):
+        return number(value)
+    narrow = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize < 8
+    return (str(np.dtype(dtype).type(value)) if narrow else repr(value)).replace("-", "−")
 
 
 def size(count: int) -> str:

@@ -11,6 +11,7 @@ import importlib.resources
 import re
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -122,9 +123,9 @@ class _Writing:
         if not digits.is_small(array):
             return self.large(block, array)
         cells = digits.cells(array, block.digits).reshape(-1, array.shape[-1] if array.ndim else 1)
-        values = array.reshape(cells.shape)
+        values, dtype = array.reshape(cells.shape), getattr(block.values, "dtype", None)
         rows = "".join(
-            "<tr>" + "".join(_cell(text, value) for text, value in zip(*row)) + "</tr>" for row in zip(cells, values)
+            "<tr>" + "".join(_cell(text, value, dtype) for text, value in zip(*row)) + "</tr>" for row in zip(cells, values)
         )
         kind = "numbers" + (" tall" if len(cells) > 1 else "") + (" wide" if cells.shape[1] > 3 else "")
         data = _attributes(name=block.name, formula=block.formula, shape=digits.shape_text(array.shape, ""))
@@ -144,7 +145,7 @@ class _Writing:
             scale = max(2, min(7, 56 // height, 112 // width))
             words = escape(said("heat_words", self.lang, name=block.name))
             inside = (
-                f'<img alt="{words}" width="{width * scale}" height="{height * scale}" '
+                f'<img alt="{words}" width="{width * scale}" height="{max(height * scale, 12)}" '
                 f'src="data:image/png;base64,{base64.b64encode(content).decode()}">'
             )
             each = (("min", found.smallest), ("mean", found.mean), ("max", found.largest), ("norm", found.norm))
@@ -162,8 +163,8 @@ class _Writing:
         )
 
 
-def _cell(text: str, value: np.generic) -> str:
-    whole = digits.exact(value)
+def _cell(text: str, value: np.generic, dtype: Any) -> str:
+    whole = digits.exact(value, dtype)
     return f'<td data-x="{whole}">{text}</td>' if whole != text else f"<td>{text}</td>"
 
 
