@@ -57,9 +57,10 @@ def step(params, state, memory):
 
 
 memory = optimizer.init(params)
-for i in range(STEPS + 1):
+for i in range(STEPS):
     if i % 100 == 0:
-        accuracy = (model(params, x, state).argmax(-1) == labels).mean()
-        print(f"step {i:3}   rate {schedule(i):.4f}   loss {loss(params, state)[0]:.3f}   accuracy {accuracy:.1%}")
+        print(f"step {i:3}   rate {schedule(i):.4f}   loss {loss(params, state)[0]:.3f}")
     params, state, memory, _ = step(params, state, memory)
+accuracy = (model(params, x, state).argmax(-1) == labels).mean()
+print(f"after {STEPS} steps {accuracy:.1%} of the points are told right")
 assert accuracy > 0.95

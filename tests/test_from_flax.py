@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
 
-from fbackprop import ops
+from fbackprop import layers, ops
 from fbackprop.layers import (
     Activation,
     AvgPool,
@@ -43,6 +43,36 @@ def assert_same(mine, theirs, rtol=2e-5):
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs)):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
+
+
+class LinenBreadth(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.PReLU()(nn.ConvTranspose(6, (3, 3), strides=(2, 2))(x))
+        x = nn.RMSNorm()(nn.GroupNorm(num_groups=3, use_fast_variance=False)(x))
+        x = nn.ConvTranspose(4, (2, 2), transpose_kernel=True)(x)
+        return nn.Dense(3)(nn.DenseGeneral((2, 5))(nn.InstanceNorm(use_fast_variance=False)(x)))
+
+
+def test_layers_beyond_the_first_ones():
+    model = serial(
+        layers.ConvTranspose(6, (3, 3), strides=(2, 2)),
+        layers.PReLU(),
+        layers.GroupNorm(num_groups=3),
+        layers.RMSNorm(),
+        layers.ConvTranspose(4, (2, 2), transpose_kernel=True),
+        layers.InstanceNorm(),
+        layers.DenseGeneral((2, 5)),
+        Dense(3),
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 2))
+    variables = shaken(jax.eval_shape(LinenBreadth().init, jax.random.key(1), x))
+    names = [f"ConvTranspose_{i}" for i in (0, 1)]
+    order = [names[0], "PReLU_0", "GroupNorm_0", "RMSNorm_0", names[1], "InstanceNorm_0", "DenseGeneral_0", "Dense_0"]
+    for given in (None, order):
+        params, state = from_flax(model, variables, names=given)
+        assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, jax.eval_shape(model.init, jax.random.key(1), x)[0])
+    assert_same(model(params, x, state), LinenBreadth().apply(variables, x), 1e-4)
 
 
 def weights(y):

@@ -1,7 +1,7 @@
 """Compositions over time: a sequence read in both directions, and an lstm whose matrices are convolutions."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,6 @@ from fbackprop.ops._arithmetic import require_float, shapes, wide_type
 
 __all__ = ["bidirectional", "conv_lstm"]
 
-Merge = Literal["concatenate", "sum"]
-
 
 def bidirectional(
     recurrent: Any,
@@ -23,7 +21,7 @@ def bidirectional(
     *,
     carry: tuple[Any, Any] = (None, None),
     lengths: ArrayLike | None = None,
-    merge: Merge = "concatenate",
+    merge: str = "concatenate",
     **options: Any,
 ) -> tuple[jax.Array, tuple[Any, Any]]:
     """Reads a sequence from both ends with two sets of weights. A composition of two calls of lstm, gru or rnn.
@@ -41,7 +39,7 @@ def bidirectional(
       ValueError: where merge is neither, or weights do not fit. TypeError: where an option is unknown.
     Source: Schuster & Paliwal 1997.
     """
-    if merge not in get_args(Merge):
+    if merge not in ("concatenate", "sum"):
         raise ValueError(f"bidirectional: merge is {merge!r}, expected 'concatenate' or 'sum'.")
     given = {"lengths": lengths, **options}
     there, last = recurrent(x, *forward, carry=carry[0], **given)

@@ -70,6 +70,11 @@ class DenseGeneral(OpLayer):
 
         return {"kernel": kernel, **({"bias": bias} if self.use_bias else {})}
 
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        if self._axes != (-1,) or self.batch_dims:
+            raise ValueError(f"{self!r} has weights that depend on more of x than its last axis.")
+        return {"kernel": (width, *self._sizes), "bias": self._sizes}
+
     def shapes_for(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         canonical_axes(self.name, self._axes, len(shape))
         canonical_axes(self.name, self.batch_dims, len(shape))

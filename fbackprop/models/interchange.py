@@ -18,7 +18,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fbackprop.layers import Conv, Dense, Embed, Flatten, Layer, Residual, Serial
+from fbackprop.layers import (
+    Conv,
+    ConvTranspose,
+    Dense,
+    DenseGeneral,
+    Einsum,
+    Embed,
+    Flatten,
+    Layer,
+    PReLU,
+    Residual,
+    Serial,
+)
 from fbackprop.layers.base import OpLayer, Params, State
 
 __all__ = ["from_flax"]
@@ -231,7 +243,7 @@ class _Search:
             free = tuple(other for other in so_far.free if other is not module)
             same = () if self.named else tuple(other for other in free if module.alike(other))
             alike = so_far.alike + ((module, *same) if same else ())
-            yield _Partial((*so_far.used, module), free, getattr(layer, "features", _width(layer, module)), alike)
+            yield _Partial((*so_far.used, module), free, _features(layer, module, so_far.width), alike)
 
     def _misfit(self, layer: Any, module: _Module, so_far: _Partial) -> str:
         """Why a module does not suit a layer; empty where it does."""
@@ -263,11 +275,24 @@ def _leaf_names(layer: Layer) -> set[str]:
 def _width(layer: Layer, module: _Module) -> int:
     """The number of features that go in, by the shapes of a module that is to fit."""
     shape = next(iter(module.shapes.values())) or (0,)
-    if isinstance(layer, (Dense, Conv)):
+    if isinstance(layer, DenseGeneral):
+        return shape[0] if "kernel" not in module.shapes else module.shapes["kernel"][0]
+    if isinstance(layer, (Dense, Conv, ConvTranspose)):
         kernel = module.shapes["kernel"]
         groups = layer.feature_group_count if isinstance(layer, Conv) else 1
-        return kernel[-2] * groups if len(kernel) > 1 else 0
+        place = -1 if isinstance(layer, ConvTranspose) and layer.transpose_kernel else -2
+        return kernel[place] * groups if len(kernel) > 1 else 0
     return 0 if isinstance(layer, Embed) else shape[-1]
+
+
+def _features(layer: Layer, module: _Module, width: int | None) -> int | None:
+    """The number of features that come out, where the weights tell."""
+    if isinstance(layer, PReLU):
+        return width
+    if isinstance(layer, Einsum):
+        return None
+    features = getattr(layer, "features", _width(layer, module))
+    return features[-1] if isinstance(features, tuple) else features
 
 
 # Putting together.

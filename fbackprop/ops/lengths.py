@@ -110,7 +110,7 @@ def _norm_minimum(x: Any, min_norm: Any, ord: Any, axis: Axis) -> int:
     backward=_norm_backward,
     static=["ord", "axis", "keepdims"],
     samples=[
-        sample(normal(5, 7), constant(1.5), axis=-1),
+        sample(normal(5, 7), constant(2.8), axis=-1),
         sample(normal(4, 6), constant(2.0, 4, 1), 3, axis=1, keepdims=True),
         sample(normal(4, 6), 0.0, 1, axis=0),
         sample(normal(3, 5), 0.0, float("inf"), axis=-1),
