@@ -281,6 +281,12 @@ def test_pointing_at_a_number_has_its_digits_and_its_formula(small):
     assert 'data-name="dkernel" data-formula="dkernel = xᵀ dy"' in text
 
 
+def test_a_large_array_adds_little_to_a_page():
+    values = np.random.default_rng(0).normal(size=(1024, 256))
+    one, two = (len(page.page([b.Numbers("x", values)] * count)) for count in (1, 2))
+    assert two - one < 2000, "the 400 arrays of a GPT of 4 layers must stay below 2 MiB"
+
+
 def test_what_comes_from_outside_is_escaped():
     hostile = '<script>alert("x")</script> & $x_1$ \\input{x} % #'
     blocks = [
