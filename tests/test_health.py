@@ -237,7 +237,8 @@ def test_layers_of_a_gpt_are_told_apart_and_their_gradients_are_the_rows():
     assert next(iter(rows)) == "embed"
 
 
-def test_calls_that_are_mapped_or_recomputed_are_measured_as_one():
+@pytest.mark.parametrize("how", ["vmap", pytest.param("checkpoint", marks=pytest.mark.slow)])
+def test_calls_that_are_mapped_or_recomputed_are_measured_as_one(how):
     """Under vmap and checkpoint a unit is dead if it is zero for all examples, as in a batch."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(16, 4)).astype(np.float32)
@@ -247,12 +248,13 @@ def test_calls_that_are_mapped_or_recomputed_are_measured_as_one():
         return fb.relu(fb.dense(row, p["kernel"], p["bias"]))
 
     batched = fb.health(lambda p: (example(p, x) ** 2).sum(), params, try_fixes=False)
-    mapped = fb.health(lambda p: (jax.vmap(lambda row: example(p, row))(x) ** 2).sum(), params, try_fixes=False)
-    again = fb.health(lambda p: (jax.checkpoint(example)(p, x) ** 2).sum(), params, try_fixes=False)
+    changed = {"vmap": lambda p, x: jax.vmap(lambda row: example(p, row))(x), "checkpoint": jax.checkpoint(example)}[how]
+    other = fb.health(lambda p: (changed(p, x) ** 2).sum(), params, try_fixes=False)
     assert batched.layers[0].dead == pytest.approx(2 / 6)
-    for other in (mapped, again):
-        assert other.layers[0].dead == batched.layers[0].dead
-        assert other.layers[0].gradient == pytest.approx(batched.layers[0].gradient, rel=1e-5)
+    assert other.layers[0].dead == batched.layers[0].dead
+    assert other.layers[0].gradient == pytest.approx(batched.layers[0].gradient, rel=1e-5)
+    assert other.now["dout"] == pytest.approx(batched.now["dout"], rel=1e-5)
+    assert other.now["out"] == pytest.approx(batched.now["out"], rel=1e-5)
 
 
 def test_updates_are_the_optimizers_own():
@@ -305,7 +307,14 @@ def test_a_deep_stack_of_sigmoids_vanishes_and_relu_with_he_helps():
             "vanishing",
             "% of sigmoid's outputs lie where its slope is below 5% of the largest; activations",
         ),
-        (fb.tanh, 0.1, 0.0, "vanishing", "initialisation scale times depth: the kernels are too small"),
+        pytest.param(
+            fb.tanh,
+            0.1,
+            0.0,
+            "vanishing",
+            "initialisation scale times depth: the kernels are too small",
+            marks=pytest.mark.slow,
+        ),
         (fb.relu, 8.0, 0.0, "exploding", "initialisation scale times depth: the kernels are too large"),
     ],
     ids=["saturation", "small", "large"],
@@ -320,6 +329,7 @@ def test_the_cause_is_computed(activation, scale, bias, kind, words):
     assert told == pytest.approx(std, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_rate_that_overshoots_is_told_and_the_smaller_one_is_what_gradient_descent_gives():
     loss, params, *batch = stack(6, 1, fb.tanh)
     found = fb.health(loss, params, *batch, rate=300.0, steps=5)
@@ -337,6 +347,7 @@ def test_a_rate_that_overshoots_is_told_and_the_smaller_one_is_what_gradient_des
     assert "clipped" in trial.change
 
 
+@pytest.mark.slow
 def test_variants_are_the_model_written_so():
     loss, params, x, labels = stack(6, 1, fb.sigmoid)
     bench = Bench(loss, params, (x, labels), optax.sgd(0.5), None, 0.5, 4, 0)
@@ -385,7 +396,7 @@ def test_an_overflow_in_float16_is_told_with_its_op_and_float32_is_tried(try_fix
 
 
 @pytest.mark.parametrize(
-    "where", ["parameter", "backward", *(pytest.param(w, marks=pytest.mark.slow) for w in ("batch", "label", "between"))]
+    "where", ["backward", *(pytest.param(w, marks=pytest.mark.slow) for w in ("parameter", "batch", "label", "between"))]
 )
 def test_the_first_number_that_is_not_finite_is_found(where):
     params = {"a": {"kernel": jnp.full((3, 4), 0.5)}, "b": {"kernel": jnp.full((4, 2), 0.5)}}

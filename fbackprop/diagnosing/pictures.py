@@ -181,7 +181,9 @@ def _largest(rows: Sequence[dict[str, Any]], column: str) -> np.ndarray:
 def _over_layers(axis: Any, values: Sequence[float], names: Sequence[str], color: str, label: str = "") -> None:
     axis.plot(_known(values), color=color, marker="o", markersize=4, linewidth=1.6, label=label or None)
     every = -(-len(names) // _MOST_NAMES)
-    axis.set_xticks(range(0, len(names), every), names[::every], rotation=45, ha="right", fontsize=7.5)
+    long = max(map(len, names), default=0) > 3
+    slant: dict[str, Any] = {"rotation": 45, "ha": "right", "fontsize": 7.5} if long else {}
+    axis.set_xticks(range(0, len(names), every), names[::every], **slant)
 
 
 def _known(values: Sequence[float]) -> np.ndarray:
