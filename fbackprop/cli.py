@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from fbackprop.cli_bench import bench
 from fbackprop.cli_explain import explain
+from fbackprop.cli_ops import ops
 from fbackprop.options import FLOATS, array, checks, dtype, file, positive, static, whole, zero_or_more
 
 __all__ = ["main"]
@@ -199,7 +200,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
-SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_train, _generate, _check, explain, bench)
+SUBCOMMANDS: tuple[Callable[[Any], None], ...] = (_train, _generate, _check, explain, bench, ops)
 """Each adds its parser, with the function that runs it as the default ``run``."""
 
 
