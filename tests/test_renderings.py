@@ -186,6 +186,15 @@ def test_text_has_the_numbers_of_the_document(small):
         assert np.abs(shown - value).min() < 5e-7, value
 
 
+def test_no_digit_of_a_wide_array_is_cut_off():
+    values = np.random.default_rng(0).normal(size=(3, 8))
+    for width in (40, 60, 100, 200):
+        text = terminal.text([b.Numbers("dkernel", values, digits=12)], width=width)
+        assert max(map(len, text.splitlines())) <= width
+        found = sorted(float(x.replace("−", "-")) for x in re.findall(r"−?\d+\.\d+", text))
+        np.testing.assert_allclose(found, sorted(values.reshape(-1)), rtol=1e-9)
+
+
 def test_the_factors_have_the_labels_of_the_document(small):
     korean, english = (next(x for x in chain_blocks(small[1], lang) if isinstance(x, b.Table)) for lang in ("ko", "en"))
     assert korean.columns == ("경로", "손실", "액", "웨", "액", "앤", "곱")

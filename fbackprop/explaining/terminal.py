@@ -98,7 +98,7 @@ def _numbers(block: Numbers, lang: str) -> Any:
     if array.ndim == 0:
         found: list[Any] = [name, Text(digits.number(array[()], block.digits), "green")]
     elif digits.is_small(array):
-        found = [name, _matrix(array, block.digits)]
+        found = [name, _Matrix(array, block.digits)]
     else:
         found = [name, _summary(array, lang)]
     if is_math(block.formula) and array.ndim < 2:
@@ -107,19 +107,34 @@ def _numbers(block: Numbers, lang: str) -> Any:
     return row
 
 
-def _matrix(array: np.ndarray, count: int) -> Any:
-    from rich.table import Table as Grid
-    from rich.text import Text
+class _Matrix:
+    """The rows of an array, aligned; columns that do not fit beside the others stand below them."""
 
-    cells = digits.cells(array, count).reshape(-1, array.shape[-1])
-    grid = Grid.grid(padding=(0, 1))
-    for _ in range(cells.shape[1] + 2):
-        grid.add_column(justify="right")
-    last = len(cells) - 1
-    for i, line in enumerate(cells):
-        left, right = ("[", "]") if last == 0 else ("⎡", "⎤") if i == 0 else ("⎣", "⎦") if i == last else ("⎢", "⎥")
-        grid.add_row(Text(left, "dim"), *(Text(c, "green") for c in line), Text(right, "dim"))
-    return grid
+    def __init__(self, array: np.ndarray, count: int):
+        cells = digits.cells(array, count).reshape(-1, array.shape[-1])
+        widths = [max(map(len, column)) for column in cells.T]
+        self.columns = [[f"{text:>{width}}" for text in column] for column, width in zip(cells.T, widths)]
+
+    def __rich_measure__(self, console: Any, options: Any) -> Any:
+        from rich.measure import Measurement
+
+        widths = [len(column[0]) for column in self.columns]
+        return Measurement(max(widths) + 4, sum(widths) + len(widths) + 3)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
+        groups: list[list[list[str]]] = [[]]
+        for column in self.columns:
+            if groups[-1] and sum(len(c[0]) + 1 for c in [*groups[-1], column]) + 3 > options.max_width:
+                groups.append([])
+            groups[-1].append(column)
+        for number, group in enumerate(groups):
+            last = len(group[0]) - 1
+            for i, line in enumerate(zip(*group)):
+                left, right = ("[", "]") if last == 0 else ("⎡", "⎤") if i == 0 else ("⎣", "⎦") if i == last else ("⎢", "⎥")
+                left, right = left if number == 0 else "…", right if number == len(groups) - 1 else "…"
+                yield Text.assemble((left, "dim"), " ", (" ".join(line), "green"), " ", (right, "dim"), no_wrap=True)
 
 
 def _summary(array: np.ndarray, lang: str) -> Any:
