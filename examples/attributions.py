@@ -26,7 +26,7 @@ from fbackprop.drawing import FAINT, picture
 MODEL = L.serial(
     L.Conv(8, (3, 3)), fb.relu, L.Conv(16, (3, 3)), fb.relu, L.MaxPool((2, 2), (2, 2)), L.Flatten(), L.Dense(10)
 )  # fmt: skip
-STEPS, BATCH, SHOWN = 150, 64, (0, 3, 4, 7, 8)
+STEPS, BATCH, SHOWN = 200, 32, (0, 3, 4, 7, 8)
 FORMS = {"LRP-ε, ε = 0.1": lrp(epsilon=0.1), "LRP-γ, γ = 0.5": lrp(gamma=0.5)}
 TITLES = ["gradient", "gradient × input\n(= LRP-0 here)", "guided", "deconvolution", *FORMS]
 
@@ -34,7 +34,7 @@ TITLES = ["gradient", "gradient × input\n(= LRP-0 here)", "guided", "deconvolut
 def train(x: jax.Array, y: jax.Array) -> Any:
     """The parameters after ``STEPS`` steps of Adam, in one program."""
     params, _ = MODEL.init(jax.random.key(0), x[:1])
-    optimizer = optax.adam(3e-3)
+    optimizer = optax.adam(5e-3)
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         return fb.softmax_cross_entropy_with_integer_labels(MODEL(params, x[batch]), y[batch]).mean()

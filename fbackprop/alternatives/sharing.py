@@ -48,12 +48,12 @@ class Relevance:
         return self.inputs[0]
 
     @property
-    def bias(self) -> jax.Array:
+    def bias(self) -> Any:
         """What all biases took together."""
-        return jnp.sum(jnp.stack([_total(*own.values()) for own in self.biases]))
+        return _total(*(taken for own in self.biases for taken in own.values()))
 
     @property
-    def lost(self) -> jax.Array:
+    def lost(self) -> Any:
         """What is found neither in the input nor in the biases; 0 where relevance is conserved."""
         return _total(self.output) - _total(self.input) - self.bias
 
@@ -136,9 +136,7 @@ def _parts(model: Any, params: Any, state: Any) -> list[tuple[str, Callable[...,
     if not isinstance(model, Serial):
         name = repr(model) if hasattr(model, "init") else getattr(model, "__name__", type(model).__name__)
         return [(name, part(model), params, state)]
-    owns = params["layers"]
-    olds = state["layers"] if isinstance(state, dict) else ((),) * len(owns)
-    return [(repr(layer), part(layer), own, old) for layer, own, old in zip(model.layers, owns, olds)]
+    return [(repr(layer), part(layer), own, old) for layer, own, old in model._entries(params, state)]
 
 
 def _cotangent(y: Any, target: Any, amount: Any) -> jax.Array:
@@ -178,9 +176,12 @@ def _shares(tree: Any, cotangents: Any, names: Collection[str]) -> dict[str, jax
     }
 
 
-def _total(*arrays: Any) -> jax.Array:
-    """In float32 or wider; 0 of nothing."""
-    return sum((jnp.sum(a, dtype=jnp.promote_types(a.dtype, jnp.float32)) for a in arrays), start=jnp.zeros(()))
+def _total(*arrays: Any) -> Any:
+    """The sum of all elements, 0 of nothing: in float64, or inside of a trace in float32 or wider. Shares of both signs cancel:
+    in float32 the rounding of a sum would look like a loss."""
+    if any(isinstance(a, Tracer) for a in arrays):
+        return sum(jnp.sum(a, dtype=jnp.promote_types(a.dtype, jnp.float32)) for a in arrays)
+    return sum((np.sum(np.asarray(a), dtype=np.float64) for a in arrays), start=np.float64(0))
 
 
 def _numbers(*values: float) -> list[str]:
