@@ -178,36 +178,27 @@ def test_step_in_a_terminal():
 
 def test_a_model_from_its_run(here, capsys):
     from fbackprop.data import digits
-    from fbackprop.training import fit, make_optimizer
+    from fbackprop.files import write_json
+    from fbackprop.training import init_train_state, make_optimizer
     from fbackprop.training.checkpoints import Checkpoints
     from fbackprop.training.presets import PRESETS
 
-    # As `fbackprop train digits-mlp --steps 20 --out run` does, but for the check of the gradient and the curves.
+    # What `fbackprop train digits-mlp --out run` leaves, after no step at all.
     preset = PRESETS["digits-mlp"]
     task = preset.task(0)
-    config = {"preset": "digits-mlp", "optimizer": "adam", "lr": 2e-3, "seed": 0, "dtype": "float32"}
-    optimizer = make_optimizer("adam", preset.rate(2e-3, 22))
-    fit(
-        task.loss_fn,
-        optimizer,
-        task.params,
-        task.examples,
-        steps=20,
-        batch_size=64,
-        directory="run",
-        config=config,
-        progress=False,
-    )
+    checkpoints = Checkpoints(pathlib.Path("run/checkpoints"))
+    checkpoints.save(init_train_state(task.params, make_optimizer("adam", preset.rate(2e-3, 22))), {})
+    write_json(pathlib.Path("run/config.json"), {"preset": "digits-mlp", "optimizer": "adam", "lr": 2e-3, "seed": 0,
+                                                 "dtype": "float32"})  # fmt: skip
     assert explain("--model", "digits-mlp", "--checkpoint", "run", "--example", 5, "--json", "a.json", "--html", "a.html") == 0
     out = capsys.readouterr().out
-    assert "those of run, after 20 steps" in out
+    assert "those of run, after 0 steps" in out
     assert main(["explain", "--model", "digits-cnn", "--checkpoint", "run"]) == 2
     assert "run holds a run of digits-mlp, not of digits-cnn." in capsys.readouterr().err
     found = json.loads(pathlib.Path("a.json").read_text())["numbers"]
 
-    # The same from the checkpoint, by JAX's own derivatives of the definitions.
+    # The same by JAX's own derivatives of the definitions.
     source = digits()
-    checkpoints = Checkpoints(pathlib.Path("run/checkpoints"))
     params = checkpoints.params(task.params)
     checkpoints.close()
     x, label = jnp.asarray(source.test_x[5:6]), int(source.test_y[5])
@@ -238,3 +229,11 @@ def test_a_model_without_a_run(here, capsys, model):
     assert "방금 짧게" in capsys.readouterr().out
     assert len(json.loads(pathlib.Path("a.json").read_text())["numbers"]["logits"]) == 10
     assert len(pathlib.Path("a.html").read_bytes()) < 2**21
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "dtype"), [("digits-cnn", "float32"), ("digits-mlp", "float64"), ("digits-mlp", "bfloat16")])
+def test_a_model_that_was_trained(here, capsys, model, dtype):
+    assert main(["train", model, "--steps", "3", "--dtype", dtype, "--out", "run"]) == 0
+    assert explain("--model", model, "--checkpoint", "run") == 0
+    assert "those of run, after 3 steps" in capsys.readouterr().out

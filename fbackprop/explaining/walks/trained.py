@@ -159,7 +159,7 @@ def _walk(name: str, trained: _Trained, x: jax.Array, label: int, example: int, 
     _chain(t, record)
     _attributions(t, record, trained, x, picture, guess)
     _update(t, record, loss_of_digit, params, x)
-    return t.finished(t.say(f"{name} on a handwritten {label}", f"손글씨 {label}을 보는 {name}"))
+    return t.finished(t.say(f"{name} on a handwritten {label}", f"손글씨 숫자 {label}: {name}"))
 
 
 def _image(x: Any) -> np.ndarray:
