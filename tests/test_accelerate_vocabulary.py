@@ -171,11 +171,20 @@ def weights_of_places(x, kernel, bias, labels):
     return (ce(x @ kernel, labels) * jnp.arange(T)[None]).sum()
 
 
+def split_classes(x, kernel, bias, labels):
+    return ce((x @ kernel[:, :36]).reshape(B, 2 * T, 18), jnp.concatenate([labels, labels], 1) % 18).mean()
+
+
+def tokens_twice(x, kernel, bias, labels):
+    logits = jnp.broadcast_to((x @ kernel)[:, :, None], (B, T, 2, V))
+    return ce(logits, jnp.stack([labels, labels], -1)).mean()
+
+
 def share_of_features(x, kernel, bias, labels):
     return ce(jnp.concatenate([x @ kernel, bias[None, None] + jnp.zeros((B, T, V))], -1), labels).mean()
 
 
-@pytest.mark.parametrize("loss", [doubled, weights_of_places, share_of_features])
+@pytest.mark.parametrize("loss", [doubled, weights_of_places, split_classes, tokens_twice, share_of_features])
 def test_what_is_something_else_stays(loss):
     run = fb.accelerate(loss)
     assert LINEAR not in [f.op for f in run.traced(*arrays())[0].program.found if f.replaced]

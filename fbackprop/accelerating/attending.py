@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fbackprop import ops
-from fbackprop.accelerating.evaluation import Axes, Unknown, evaluate, is_elementwise
+from fbackprop.accelerating.axes import Axes
+from fbackprop.accelerating.evaluation import Unknown, evaluate, is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Region, Value, region
 from fbackprop.accelerating.sites import REDUCING, SHAPING, Near, Site, chain, first, peeled, sides
 

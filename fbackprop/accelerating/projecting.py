@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fbackprop import ops
-from fbackprop.accelerating.evaluation import groups
+from fbackprop.accelerating.axes import groups
 from fbackprop.accelerating.program import Equation, Program, Value
 from fbackprop.accelerating.sites import SHAPING, Near, Site, constant, first, integer_sources, peeled
 from fbackprop.ops._vocabulary import accumulates
@@ -70,6 +70,8 @@ def moved(move: Equation, x: Any, at: int) -> tuple[Any, int]:
         cuts = zip(p["start_indices"], p["limit_indices"], shape, x.shape)
         return x[tuple(slice(None) if a == at else slice(i, now - (n - j)) for a, (i, j, n, now) in enumerate(cuts))], at
     lengths, to = [1] * len(move.outputs[0].shape), _followed(move, at)
+    if to is None:
+        raise ValueError("the classes do not stay an axis of their own")
     for inner, outer in groups(shape, move.outputs[0].shape):
         if len(outer) == 1:
             lengths[outer[0]] = math.prod(x.shape[i] for i in inner)
@@ -80,29 +82,26 @@ def moved(move: Equation, x: Any, at: int) -> tuple[Any, int]:
     return x.reshape(lengths), to
 
 
-def _followed(move: Equation, at: int) -> int:
-    """Where a change of shape brings an axis; LookupError where it does not stay an axis."""
+def _followed(move: Equation, at: int) -> int | None:
+    """Where a change of shape brings an axis; None where it does not stay one, or where tokens are repeated."""
     given, made = move.inputs[0].shape, move.outputs[0].shape
     if move.name == "broadcast_in_dim":
-        if move.inputs[0].size != move.outputs[0].size:
-            raise LookupError("tokens are repeated")
-        return int(move.params["broadcast_dimensions"][at])
-    return next(outer[0] for inner, outer in groups(given, made) if inner == [at] and len(outer) == 1)
+        return int(move.params["broadcast_dimensions"][at]) if move.inputs[0].size == move.outputs[0].size else None
+    return next((outer[0] for inner, outer in groups(given, made) if inner == [at] and len(outer) == 1), None)
 
 
 def _head(logits: Value, axis: int) -> _Head | None:
     """Where logits come from, if it is a product with a kernel; ``axis`` is that of the classes."""
-    value, bias, cap, moves = logits, None, [], []
+    value, bias, squash, moves = logits, None, [], []
     classes = logits.shape[axis]
-    backwards = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim"}
     for _ in range(24):
         maker = value.maker
         if maker is None:
             return None
         if maker.name == "dot_general":
             side = _side(maker, len(value.shape), axis)
-            scale = _cap(cap)
-            return None if side is None or scale == 0 else _Head(maker, side, bias, scale, tuple(reversed(moves)))
+            cap = _cap(squash)
+            return None if side is None or cap == 0 else _Head(maker, side, bias, cap, tuple(reversed(moves)))
         if maker.name == "transpose":
             axis = int(maker.params["permutation"][axis])
             moves.append(maker)
@@ -110,12 +109,11 @@ def _head(logits: Value, axis: int) -> _Head | None:
             if maker.params["strides"] is not None or maker.inputs[0].shape[axis] != classes:
                 return None
             moves.append(maker)
-        elif maker.name in backwards:
-            places = [a for a, n in enumerate(maker.inputs[0].shape) if n == classes]
-            try:
-                axis = next(a for a in places if _followed(maker, a) == axis)
-            except (LookupError, StopIteration):
+        elif maker.name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
+            places = [a for a, n in enumerate(maker.inputs[0].shape) if n == classes and _followed(maker, a) == axis]
+            if not places:
                 return None
+            axis = places[0]
             moves.append(maker)
         elif maker.name in ("add", "add_any") and bias is None:
             a, b = maker.inputs
@@ -128,7 +126,7 @@ def _head(logits: Value, axis: int) -> _Head | None:
         elif maker.name in ("mul", "div", "tanh"):
             numbers = [v.number for v in maker.inputs]
             which = 0 if numbers[0] is None else 1
-            cap.append((maker.name, None if maker.name == "tanh" else numbers[1 - which]))
+            squash.append((maker.name, None if maker.name == "tanh" else numbers[1 - which]))
             value = maker.inputs[which]
             continue
         elif maker.name not in ("convert_element_type", "copy", "pvary"):
@@ -143,12 +141,6 @@ def _side(dot: Equation, rank: int, axis: int) -> int | None:
     side = 0 if axis == rank - 1 else 1
     other = dot.inputs[1 - side]
     if any(map(len, batch)) or len(contracted[0]) != 1 or len(other.shape) != 2 or axis not in (0, rank - 1):
-        return None
-    if (
-        rank == 2
-        and len(dot.inputs[side].shape) == 2
-        and dot.outputs[0].shape[axis] != other.shape[1 - contracted[1 - side][0]]
-    ):
         return None
     return side if dot.inputs[0].dtype == dot.inputs[1].dtype and dot.inputs[0].is_float else None
 

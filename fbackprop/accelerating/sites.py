@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fbackprop.accelerating.evaluation import FULL, Axes, OneShape, Unknown, evaluate, is_elementwise
+from fbackprop.accelerating.axes import Axes
+from fbackprop.accelerating.evaluation import FULL, OneShape, Unknown, evaluate, is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Region, Value, region
 from fbackprop.context import without_rules
 
