@@ -29,13 +29,14 @@ EXCEPTIONS = {
     "apply_softmax=False, and therefore cannot be jitted there",
 }
 
-QUICK = {"segmentation": {"test_dice_loss_weighting_parameters", "test_jit_compilation", "test_shape_mismatch_error"}}
+QUICK = {"segmentation": {"test_dice_loss_weighting_parameters", "test_jit_compilation"}}
+LONG = {"test_repeat_with_one_to_one_alignment", "test_with_one_to_one_alignment"}
 
 
 def is_slow(module, name):
-    """By default the first of several parameters, and of the segmentation losses, which compile most, a few tests."""
+    """By default the first of several parameters, and of the segmentation losses, which compile most, two tests."""
     number = re.search(r"\d*$", name).group()
-    return number not in ("", "0") or name not in QUICK.get(module, {name}) or name == "test_with_one_to_one_alignment"
+    return number not in ("", "0") or name not in QUICK.get(module, {name}) or name in LONG
 
 
 @contextlib.contextmanager

@@ -26,7 +26,6 @@ from fbackprop.ops.batch_normalization import batch_norm as batch_norm
 from fbackprop.ops.blocks import norm_dense as norm_dense
 from fbackprop.ops.blocks import residual_norm as residual_norm
 from fbackprop.ops.classification import poly_loss_cross_entropy as poly_loss_cross_entropy
-from fbackprop.ops.classification import sigmoid_focal_loss as sigmoid_focal_loss
 from fbackprop.ops.classification import smooth_labels as smooth_labels
 from fbackprop.ops.contraction import einsum_dense as einsum_dense
 from fbackprop.ops.contrastive import ntxent as ntxent
@@ -39,6 +38,7 @@ from fbackprop.ops.divergences import kl_divergence_with_log_targets as kl_diver
 from fbackprop.ops.feedforward import geglu_mlp as geglu_mlp
 from fbackprop.ops.feedforward import gelu_mlp as gelu_mlp
 from fbackprop.ops.feedforward import swiglu_mlp as swiglu_mlp
+from fbackprop.ops.focal import sigmoid_focal_loss as sigmoid_focal_loss
 from fbackprop.ops.gated import gru as gru
 from fbackprop.ops.gating import geglu as geglu
 from fbackprop.ops.gating import glu as glu

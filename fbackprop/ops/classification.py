@@ -1,31 +1,19 @@
-"""More losses on logits z, with p = softmax(z) or σ(z), and the labels t that they ask for.
+"""Classification beyond the plain cross-entropy: poly_loss_cross_entropy, and smooth_labels.
 
-poly_loss_cross_entropy, each row, with m = Σ t p:
+poly_loss_cross_entropy on logits z, each row, with p = softmax(z) and m = Σ t p:
 
     L = Σ t (−log p + ε (1 − p))
 
-    dz = (p (Σ t + ε m) − t (1 + ε p)) dL      dt = (−log p + ε (1 − p)) dL      dε = Σ t (1 − p) dL
+    dz = (p Σ t − t + ε p (m − t)) dL      dt = (−log p + ε (1 − p)) dL      dε = Σ t (1 − p) dL
 
 (∂p_j/∂z_k = p_j (δ_jk − p_k), so the second term sends back −ε Σ_j t_j p_j (δ_jk − p_k) = −ε p_k (t_k − m).) Where p is near
 1, 1 − p is −expm1(log p). A label of 0 at a logit of −inf costs nothing.
-
-sigmoid_focal_loss, each element, with the probability u = (1 − t) p + t (1 − p) of what is not wanted:
-
-    L = a C u^γ,      C = binary cross-entropy,      a = α t + (1 − α) (1 − t), or 1
-
-    dz = a u^γ (p − t + γ C (1 − 2 t) p (1 − p) / u) dL
-    dt = (a u^γ (−z + γ C (1 − 2 p) / u) + (2 α − 1) C u^γ) dL
-    dα = Σ (2 t − 1) C u^γ dL                 dγ = Σ L log(u) dL
-
-Powers and quotients of p, 1 − p and u are formed from their logarithms, which neither overflow nor vanish. For labels that are
-not differentiated only the slope dz / dL is kept.
 
 smooth_labels:
 
     y = (1 − α) t + α / n          dt = (1 − α) dy          dα = Σ (1 / n − t) dy          n classes in a row
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,15 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.one_line import elementwise
 from fbackprop.ops._arithmetic import canonical_axes, count, float_type, nbytes, require_float, shapes, sum_to, wide, wide_type
 from fbackprop.ops.probabilities import Normalizer, log_normalizer
 from fbackprop.rules import rule
-from fbackprop.samples import constant, impossible, mask, normal, positive, probabilities, sample, uniform
+from fbackprop.samples import impossible, mask, normal, positive, probabilities, sample, uniform
 
 __all__ = [
     "poly_loss_cross_entropy",
-    "sigmoid_focal_loss",
     "smooth_labels",
 ]
 
@@ -106,8 +92,9 @@ def _poly_backward(saved: _PolySaved, dy: jax.Array, *, axis: Axis) -> tuple[Any
     axes = canonical_axes("", axis, logits.ndim)
     log_p, p, rest, t = _poly_parts(logits, labels, normalizer, where)
     g, e = (jnp.expand_dims(jnp.broadcast_to(wide(v), dy.shape), axes) for v in (dy, epsilon))
-    sums = jnp.sum(t, axes, keepdims=True) + e * jnp.sum(t * p, axes, keepdims=True)
-    dlogits = (p * sums - t * (1 + e * p)) * g
+    # In two differences, each of which is exactly 0 where there is a single class.
+    plain = p * jnp.sum(t, axes, keepdims=True) - t
+    dlogits = (plain + e * p * (jnp.sum(t * p, axes, keepdims=True) - t)) * g
     dlabels = (e * rest - log_p) * g
     depsilon = jnp.sum(t * rest, axes) * wide(dy)
     if where is not None:
@@ -152,92 +139,6 @@ def _must_broadcast(who: str, logits: ArrayLike, labels: ArrayLike) -> None:
     have, want = jnp.shape(labels), jnp.shape(logits)
     if len(have) > len(want) or any(a not in (1, b) for a, b in zip(reversed(have), reversed(want))):
         raise ValueError(f"{who}: labels must broadcast with logits, got {shapes(logits=logits, labels=labels)}.")
-
-
-class _Focal(NamedTuple):
-    """Logarithms of the probabilities p, 1 − p and u, and the cross-entropy."""
-
-    log_p: jax.Array
-    log_q: jax.Array
-    log_u: jax.Array
-    entropy: jax.Array
-
-
-def _focal_parts(logits: ArrayLike, labels: ArrayLike) -> _Focal:
-    z, t = jnp.broadcast_arrays(wide(logits), wide(labels))
-    log_p, log_q = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
-    # log((1 − t) p + t q) from the larger of the parts that have a weight; one without may be larger by far.
-    top = jax.lax.stop_gradient(jnp.maximum(jnp.where(t == 1, -jnp.inf, log_p), jnp.where(t == 0, -jnp.inf, log_q)))
-    most = math.log(float(jnp.finfo(z.dtype).max)) - 1
-    p, q = (jnp.exp(jnp.minimum(part - top, most)) for part in (log_p, log_q))
-    return _Focal(log_p, log_q, top + jnp.log((1 - t) * p + t * q), -t * log_p - (1 - t) * log_q)
-
-
-def _balance(labels: ArrayLike, alpha: ArrayLike | None) -> Any:
-    t = wide(labels)
-    return 1.0 if alpha is None else wide(alpha) * t + (1 - wide(alpha)) * (1 - t)
-
-
-def _focal_slope(logits: ArrayLike, labels: ArrayLike, alpha: ArrayLike | None, gamma: ArrayLike) -> jax.Array:
-    log_p, log_q, log_u, entropy = _focal_parts(logits, labels)
-    t, exponent = wide(labels), wide(gamma)
-    # p − t with the smaller of p and 1 − p computed, and not 1 minus the larger
-    error = jnp.where(wide(logits) > 0, (1 - t) - jnp.exp(log_q), jnp.exp(log_p) - t)
-    pull = exponent * entropy * (1 - 2 * t) * jnp.exp(log_p + log_q - log_u)
-    slope = _balance(labels, alpha) * jnp.exp(exponent * log_u) * (error + pull)
-    return slope.astype(float_type(logits, gamma, *(() if alpha is None else (alpha,))))
-
-
-def _focal_label_slope(logits: Any, labels: Any, alpha: Any, gamma: Any) -> jax.Array:
-    log_p, log_q, log_u, entropy = _focal_parts(logits, labels)
-    weight = jnp.exp(gamma * log_u)
-    none = entropy == 0
-    quotient = jnp.where(none, 0, jnp.exp(jnp.log(jnp.where(none, 1, entropy)) + (gamma - 1) * log_u))  # C u^(γ − 1)
-    slope = _balance(labels, alpha) * (gamma * quotient * (jnp.exp(log_q) - jnp.exp(log_p)) - wide(logits) * weight)
-    return slope if alpha is None else slope + (2 * alpha - 1) * entropy * weight
-
-
-def _focal_alpha_slope(logits: Any, labels: Any, gamma: Any) -> jax.Array:
-    parts = _focal_parts(logits, labels)
-    return (2 * labels - 1) * parts.entropy * jnp.exp(gamma * parts.log_u)
-
-
-def _focal_gamma_slope(logits: Any, labels: Any, alpha: Any, gamma: Any) -> jax.Array:
-    parts = _focal_parts(logits, labels)
-    return _balance(labels, alpha) * parts.entropy * jnp.exp(gamma * parts.log_u) * parts.log_u
-
-
-@elementwise(
-    lambda slope: slope,
-    _focal_label_slope,
-    _focal_alpha_slope,
-    _focal_gamma_slope,
-    between={"slope": _focal_slope},
-    samples=[
-        sample(normal(4, 5, scale=2.0), uniform(4, 5), alpha=uniform(), gamma=positive()),
-        sample(normal(4, 5, scale=4.0), mask(1, 5)),
-        sample(normal(6, scale=20.0), constant(1.0, 6), gamma=0.5),
-    ],
-    workloads=[sample(normal(4096, 3072), mask(4096, 3072))],
-    keeps="the slope; logits, labels, alpha and gamma too where one of the last three is differentiated",
-    minimum=lambda y: nbytes(y),
-)
-def sigmoid_focal_loss(
-    logits: ArrayLike, labels: ArrayLike, *, alpha: ArrayLike | None = None, gamma: ArrayLike = 2.0
-) -> jax.Array:
-    """Binary cross-entropy times the probability of the wrong class to the power gamma, each element by itself.
-
-    logits [...], labels of a shape that broadcasts with it, in [0, 1] (booleans and integers too) -> [...].
-    Source: Lin et al. 2017, arXiv:1708.02002.
-
-    Args:
-      alpha: the weight of the class 1; the class 0 weighs 1 − alpha. None weighs both 1.
-      gamma: how much less the elements count that are nearly right.
-    """
-    require_float("sigmoid_focal_loss", logits=logits)
-    _, _, log_u, entropy = _focal_parts(logits, labels)
-    value = _balance(labels, alpha) * entropy * jnp.exp(wide(gamma) * log_u)
-    return value.astype(float_type(logits, gamma, *(() if alpha is None else (alpha,))))
 
 
 class _SmoothSaved(NamedTuple):

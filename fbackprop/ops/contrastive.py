@@ -96,9 +96,12 @@ def _triplet_forward(
 
 def _triplet_backward(saved: _TripletSaved, dy: jax.Array, *, axis: int, norm_degree: float) -> tuple[Any, ...]:
     g = saved.slope * jnp.expand_dims(wide(dy), axis)
-    near, far = g * wide(saved.positive), g * wide(saved.negative)
-    deps = g * (saved.inverses[0] - saved.inverses[1]) / norm_degree
-    cotangents = (near - far, -near, far, jnp.squeeze(g, axis), jnp.squeeze(deps, axis))
+    near, far, closed = wide(saved.positive), wide(saved.negative), saved.slope == 0
+    deps = (saved.inverses[0] - saved.inverses[1]) / norm_degree
+    # Where the loss is 0 a distance may be infinite. u₊ − u₋ is taken before the product, so that what is equal cancels.
+    slopes = (near - far, -near, far, jnp.ones_like(g), deps)
+    cotangents = [jnp.where(closed, 0, g * slope) for slope in slopes]
+    cotangents[3:] = [jnp.squeeze(d, axis) for d in cotangents[3:]]
     return tuple(sum_to(d, shape) for d, shape in zip(cotangents, saved.shapes.value))
 
 
@@ -176,7 +179,7 @@ def _pairs(embeddings: ArrayLike, labels: ArrayLike, temperature: ArrayLike) -> 
 
 
 def _ntxent(pairs: _Pairs, dtype: Any) -> jax.Array:
-    counts = pairs.alike & (pairs.others > -jnp.inf)
+    counts = pairs.alike & (pairs.others != -jnp.inf)
     lags = jax.nn.softplus(jnp.where(counts, pairs.others - pairs.similarities, 0))
     return (jnp.sum(jnp.where(counts, lags, 0)) / pairs.pairs).astype(dtype)
 

@@ -39,15 +39,25 @@ __all__ = ["ctc_loss_with_forward_probs"]
 States = tuple[jax.Array, jax.Array]  # φ [..., batch, N + 1], e [..., batch, N]
 
 
+def _plus(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a ⊕ b. Autodiff of it gives the slopes of ``_shares``: a half each where both are equal (that of jnp.logaddexp is one
+    each for numbers so large that log 2 is lost in them), and nothing where both are −∞."""
+    larger, smaller = jnp.where(a >= b, a, b), jnp.where(a >= b, b, a)
+    none = larger == -jnp.inf
+    top = jnp.where(none, 0, larger)
+    return jnp.where(none, -jnp.inf, top + jnp.log1p(jnp.exp(jnp.where(none, 0, smaller) - top)))
+
+
 def _joined(phi: jax.Array, emitted: jax.Array) -> jax.Array:
     """φ(n) ⊕ what comes from the label n; φ(0) comes from nowhere else."""
-    return jnp.concatenate([phi[..., :1], jnp.logaddexp(phi[..., 1:], emitted)], -1)
+    return jnp.concatenate([phi[..., :1], _plus(phi[..., 1:], emitted)], -1)
 
 
 def _shares(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The slopes of a ⊕ b."""
-    difference = jnp.where(a == b, 0, a - b)  # −∞ − (−∞) too
-    return jax.nn.sigmoid(difference), jax.nn.sigmoid(-difference)
+    none = (a == -jnp.inf) & (b == -jnp.inf)
+    difference = jnp.where(none, 0, a) - jnp.where(none, 0, b)
+    return jnp.where(none, 0, jax.nn.sigmoid(difference)), jnp.where(none, 0, jax.nn.sigmoid(-difference))
 
 
 def _split(phi: jax.Array, emitted: jax.Array, g: jax.Array) -> States:
@@ -104,7 +114,7 @@ def _states(at_blank: jax.Array, emit: jax.Array, lattice: _Lattice, start: Stat
     def frame(states: States, given: Any) -> tuple[States, States]:
         (phi, emitted), (l_blank, l_emit, padded) = states, given
         moved = _joined(phi, emitted + lattice.merges)
-        new_emitted = jnp.logaddexp(moved[:, :-1], emitted) + l_emit
+        new_emitted = _plus(moved[:, :-1], emitted) + l_emit
         new_phi = _joined(moved, emitted + lattice.parts) + l_blank
         new = jnp.where(padded, phi, new_phi), jnp.where(padded, emitted, new_emitted)
         return new, new

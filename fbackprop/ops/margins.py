@@ -40,9 +40,9 @@ __all__ = [
 ]
 
 
-def _open(margin: jax.Array) -> jax.Array:
-    """The slope of max(0, margin)."""
-    return jnp.where(margin > 0, 1, jnp.where(margin == 0, 0.5, 0)).astype(margin.dtype)
+def _where_open(margin: jax.Array, slope: jax.Array) -> jax.Array:
+    """The slope of max(0, margin), where that of the margin is given: nothing where it is closed, however large."""
+    return jnp.where(margin > 0, slope, jnp.where(margin == 0, slope / 2, 0))
 
 
 def _agreement(outputs: ArrayLike, targets: ArrayLike) -> jax.Array:
@@ -61,8 +61,8 @@ _BINARY: Any = {
 
 
 @elementwise(
-    lambda predictor_outputs, targets: -targets * _open(1 - predictor_outputs * targets),
-    lambda predictor_outputs, targets: -predictor_outputs * _open(1 - predictor_outputs * targets),
+    lambda predictor_outputs, targets: _where_open(1 - predictor_outputs * targets, -targets),
+    lambda predictor_outputs, targets: _where_open(1 - predictor_outputs * targets, -predictor_outputs),
     **_BINARY,
 )
 def hinge_loss(predictor_outputs: ArrayLike, targets: ArrayLike) -> jax.Array:
@@ -75,8 +75,8 @@ def hinge_loss(predictor_outputs: ArrayLike, targets: ArrayLike) -> jax.Array:
 
 
 @elementwise(
-    lambda predictor_outputs, targets: -targets * _open(-predictor_outputs * targets),
-    lambda predictor_outputs, targets: -predictor_outputs * _open(-predictor_outputs * targets),
+    lambda predictor_outputs, targets: _where_open(-predictor_outputs * targets, -targets),
+    lambda predictor_outputs, targets: _where_open(-predictor_outputs * targets, -predictor_outputs),
     **_BINARY,
 )
 def perceptron_loss(predictor_outputs: ArrayLike, targets: ArrayLike) -> jax.Array:
@@ -211,7 +211,8 @@ def _sparse_rows(scores: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.A
     threshold = (jnp.take_along_axis(total, support - 1, -1) - 1) / support.astype(z.dtype)
     p = jnp.where(z > threshold, z - threshold, 0)
     own = jnp.take_along_axis(z, jnp.expand_dims(jnp.asarray(labels), -1), -1, mode="fill", fill_value=jnp.nan)
-    value = jnp.sum(jnp.where(p > 0, p * (z - own), 0), -1) + 0.5 * (1 - jnp.sum(jnp.square(p), -1))
+    # Σ p = 1, so that of the differences to s_y only one is left; in the support, z lies between −1 and 0.
+    value = jnp.sum(jnp.where(p > 0, p * z, 0), -1) + 0.5 * (1 - jnp.sum(jnp.square(p), -1)) - jnp.squeeze(own, -1)
     return value.astype(jnp.result_type(scores)), p
 
 
