@@ -22,17 +22,20 @@ __all__ = ["Bidirectional", "ConvLstm", "Gru", "Lstm", "Rnn"]
 _lecun_normal, _orthogonal = initializers.lecun_normal(), initializers.orthogonal()
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Recurrent(Composed):
-    features: int
-    reverse: bool
-    segments: int | None
-    dtype: DTypeLike | None
-    param_dtype: DTypeLike
-    kernel_init: Initializer
-    recurrent_kernel_init: Initializer
-    bias_init: Initializer
+    """What the three share: all options but one, parameters, and the call of the op."""
 
-    op: Any
+    features: int
+    reverse: bool = False
+    segments: int | None = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = _lecun_normal
+    recurrent_kernel_init: Initializer = _orthogonal
+    bias_init: Initializer = initializers.zeros
+
+    op = staticmethod(ops.rnn)
     gates = 1
 
     def __post_init__(self) -> None:
@@ -88,17 +91,7 @@ class Rnn(_Recurrent):
       dtype, param_dtype, kernel_init, recurrent_kernel_init, bias_init: as in Flax's cells.
     """
 
-    features: int
     activation: str = "tanh"
-    reverse: bool = False
-    segments: int | None = None
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    kernel_init: Initializer = _lecun_normal
-    recurrent_kernel_init: Initializer = _orthogonal
-    bias_init: Initializer = initializers.zeros
-
-    op = staticmethod(ops.rnn)
 
     def _options(self) -> dict[str, Any]:
         return {"activation": self.activation}
@@ -114,15 +107,6 @@ class Lstm(_Recurrent):
     Args: as for ``Rnn``. Source: Hochreiter & Schmidhuber 1997.
     """
 
-    features: int
-    reverse: bool = False
-    segments: int | None = None
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    kernel_init: Initializer = _lecun_normal
-    recurrent_kernel_init: Initializer = _orthogonal
-    bias_init: Initializer = initializers.zeros
-
     op = staticmethod(ops.lstm)
     gates = 4
 
@@ -136,15 +120,6 @@ class Gru(_Recurrent):
 
     Args: as for ``Rnn``. Source: Cho et al. 2014, arXiv:1406.1078.
     """
-
-    features: int
-    reverse: bool = False
-    segments: int | None = None
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    kernel_init: Initializer = _lecun_normal
-    recurrent_kernel_init: Initializer = _orthogonal
-    bias_init: Initializer = initializers.zeros
 
     op = staticmethod(ops.gru)
     gates = 3

@@ -40,7 +40,8 @@ def from_flax(model: Layer, variables: Any, names: Sequence[str] | None = None) 
     """The parameters and the state of ``model``, out of the variables of a Flax model with the same layers.
 
     Args:
-      model: a layer or model of this library.
+      model: a layer or model of this library. Layers of several ops are not matched; the parameters of MultiHeadAttention
+        are those of Flax's module as they are.
       variables: linen's ``{"params": …, "batch_stats": …}``, an ``nnx.State``, or such a state as a plain dict; arrays are
         taken as they are.
       names: the paths of Flax's modules, such as ``("Conv_0", "encoder/Dense_1")``, one for each layer of the model that

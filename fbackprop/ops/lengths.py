@@ -4,7 +4,8 @@ safe_norm over an axis (or all), with the p-norm n = (Σ |x|ᵖ)^(1/p):
 
     y = max(n, m)          dx = dy sign(x) (|x| / n)^(p−1) where n > m, else 0          dm = Σ dy where n ≤ m
 
-For p = 2 that is dy x / n, for p = 1 dy sign(x), for p = ∞ the largest share dy evenly. (∂n/∂x = n^(1−p) |x|^(p−1) sign x.)
+For p = 2 that is dy x / n, for p = 1 dy sign(x) with sign(0) = 1, JAX's slope of |x|; for p = ∞ the largest share dy evenly.
+(∂n/∂x = n^(1−p) |x|^(p−1) sign x.)
 
 l2_normalize and weight_norm, with r = 1 / √max(Σ x², ε) and r = 1 / √(Σ v² + ε):
 
@@ -95,10 +96,11 @@ def _norm_backward(saved: _NormSaved, dy: jax.Array, *, ord: Any, axis: Axis, ke
     g, safe = jnp.where(short, 0, g), jnp.where(short, 1, n)
     if p == 2:
         return g * (x / safe), dleast
+    sign = jnp.where(x < 0, -1, 1)  # at 0 as JAX's slope of |x|
     if p == math.inf:
         top = jnp.abs(x) == n
-        return jnp.where(top, jnp.sign(x) * (g / jnp.sum(top, axes, keepdims=True)), 0), dleast
-    return g * jnp.sign(x) * ((jnp.abs(x) / safe) ** (p - 1) if p != 1 else 1), dleast
+        return jnp.where(top, sign * (g / jnp.sum(top, axes, keepdims=True)), 0), dleast
+    return g * sign * ((jnp.abs(x) / safe) ** (p - 1) if p != 1 else 1), dleast
 
 
 def _norm_minimum(x: Any, min_norm: Any, ord: Any, axis: Axis) -> int:
