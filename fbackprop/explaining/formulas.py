@@ -85,7 +85,7 @@ batch_norm | y = scale x̂ + bias | x̂ = (x − μ) / √(σ² + ε), g = scale
 dx = (g − mean(g) − x̂ mean(g x̂)) / √(σ² + ε) | dscale = Σ dy x̂ | dbias = Σ dy
 group_norm | y = scale x̂ + bias | x̂ = (x − μ) / √(σ² + ε), g = scale dy | \
 dx = (g − mean(g) − x̂ mean(g x̂)) / √(σ² + ε) | dscale = Σ dy x̂ | dbias = Σ dy
-dropout | y = x m / (1 − rate) | m = the mask | dx = dy m / (1 − rate)
+dropout | y = x m / (1 − rate) | m = 1 where kept, else 0 | dx = dy m / (1 − rate)
 dot_product_attention | y = p value | p = softmax(s query keyᵀ + bias), dp = dy valueᵀ, dz = p (dp − Σ p dp) | \
 dquery = s dz key | dkey = s dzᵀ query | dvalue = pᵀ dy | dbias = dz
 norm_dense | y = n kernel + bias | x̂ = (x − μ) / √(σ² + ε), n = scale x̂ + norm_bias, dn = dy kernelᵀ, g = scale dn | \
@@ -158,7 +158,7 @@ _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ᵀˣᵃᵘᵖᵇᵏⁿᵗ�
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₜᵢⱼₖₙ", [*"0123456789+-", *"tijkn"]))
 _FUNCTIONS = {"exp", "log", "tanh", "sinh", "cosh", "sin", "cos", "max", "min", "ln", "arg"}
 _OPERATORS = re.compile("softmax|onehot|mean|sign|silu|gelu|lse|relu|softplus|argmax|var")
-_WORDS = re.compile("where|else|over|with|for|and|the|is|in|of|from|first|largest|smallest|window|mask|positions|each|if|by|to")
+_WORDS = re.compile("where|else|over|with|for|and|the|is|in|of|from|first|largest|smallest|window|kept|positions|each|if|by|to")
 
 _TOKENS = re.compile(
     r"(?P<hat>.)\u0302|(?P<text>[가-힣]+)|(?P<space>\s+)|(?P<word>[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*)|"

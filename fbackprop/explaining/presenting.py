@@ -79,7 +79,7 @@ def _output(explanation: Explanation, lang: str) -> list[Block]:
     names = ["L"] if len(outputs) == 1 else [f"L{i}" for i in range(len(outputs))]
     found: list[Block] = []
     for name, value, source, d in zip(names, outputs, explanation.sources, explanation.cotangent):
-        found += [Paragraph(said("loss_from", lang, source=whence(source, lang))), Numbers(name, value)]
+        found += [Paragraph(said("loss_from", lang, name=name, source=whence(source, lang))), Numbers(name, value)]
         if d is not None:
             found.append(Numbers(f"d{name}", d))
     return found
@@ -108,7 +108,7 @@ def _forward(step: Step, lang: str) -> Details:
     for name, value in step.inputs.items():
         own.append(Numbers(name, value, said("from", lang, source=sources[name]).replace("`", "")))
     y = lines.forward[0] if lines.forward else step.summary
-    own += [Numbers(name, value, y) for name, value in step.outputs.items()]
+    own += [Numbers(name, value, y if name in ("y", "y/0") else "") for name, value in step.outputs.items()]
     own.append(Paragraph(_keeps(step.kept, lang)))
     return Details(f"{_title(step)}: {_shapes(step.inputs)} → {_shapes(step.outputs)}", tuple(own), f"forward-{step.index}")
 

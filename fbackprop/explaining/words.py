@@ -49,7 +49,7 @@ WORDS: dict[str, tuple[str, str]] = {
         "역전파에 쓰이는 미분은 순전파에서 계산한 값으로 이루어지므로 순전파를 먼저 실행한다.",
     ),
     "loss": ("Output", "출력"),
-    "loss_from": ("L comes from {source}.", "L의 출처: {source}."),
+    "loss_from": ("{name} comes from {source}.", "{name}의 출처: {source}."),
     "backward": ("Backward pass", "역전파"),
     "backward_how": (
         "From the last op to the first: what arrives at the output of an op, and what the op hands to its inputs and "
