@@ -1,6 +1,8 @@
 """explain: the record of a backward pass, beside the documents' numbers and float64 autodiff of the definitions."""
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import pathlib
 
@@ -14,6 +16,7 @@ from fbackprop.rules import RULES
 
 EXAMPLES = json.loads((pathlib.Path(__file__).parent / "worked_examples.json").read_text())
 KEY = jax.random.key(0)
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
 
 
 def two_three_two():
@@ -103,17 +106,17 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "modern" in n else n for n in MODELS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n not in ("gpt", "cnn") else n for n in MODELS])
 def test_models_are_recorded_and_gradients_are_those_of_the_definitions(name):
     with jax.enable_x64(True):
         loss, args, steps = MODELS[name]()
         args, has_aux = double(args), name == "cnn"
-        record = jax.jit(lambda *args: fb.explain(loss, *args, has_aux=has_aux))(*args)  # leaves jit as a pytree
+        record = quick_jit(lambda *args: fb.explain(loss, *args, has_aux=has_aux))(*args)  # leaves jit as a pytree
         assert len(record.steps) == steps
         assert record.agrees
         assert all(step.reached for step in record.steps)
-        expected, expected_aux = jax.jit(jax.grad(fb.without_rules(loss), has_aux=True))(*args) if has_aux else (
-            jax.jit(jax.grad(fb.without_rules(loss)))(*args), None
+        expected, expected_aux = quick_jit(jax.grad(fb.without_rules(loss), has_aux=True))(*args) if has_aux else (
+            quick_jit(jax.grad(fb.without_rules(loss)))(*args), None
         )  # fmt: skip
         for found, want in zip(jax.tree.leaves(record.gradients[0]), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(found, want, rtol=1e-8, atol=1e-12)
@@ -239,3 +242,17 @@ def test_bad_arguments_are_refused():
     record = fb.explain(lambda x: fb.sigmoid(x).sum(), jnp.ones(3))
     with pytest.raises(ValueError, match="there is x"):
         record.leaf("y")
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(monkeypatch, capsys):
+    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "explain.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_explain", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sizes = {"layers": 1, "width": 16, "heads": 2, "length": 8, "batch": 1, "vocabulary": 16, "rounds": 2, "seconds": 1}
+    monkeypatch.setattr("sys.argv", ["explain.py", *(f"--{name}={value}" for name, value in sizes.items())])
+    module.main()
+    printed = capsys.readouterr().out
+    assert "agrees with jax.grad: True" in printed
+    assert "an explanation takes" in printed

@@ -42,7 +42,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "full" in n else n for n in CASES])
 def test_rows_add_up_to_what_jax_keeps(name):
     fn, args = CASES[name]()
     found = fb.saved(fn, *args, has_aux=name == "cnn")

@@ -42,8 +42,8 @@ def _bytes(kind: Any) -> int:
 
 def _kept_by(call: Call) -> int:
     """Bytes of what a call saves, an array once."""
-    named = {alias or name: kind for name, alias, kind in call.kept}
-    return sum(map(_bytes, named.values()))
+    own = {alias or number: kind for number, (_, alias, kind) in enumerate(call.kept)}
+    return sum(map(_bytes, own.values()))
 
 
 def _above_minimum(program: Program, total: int) -> Iterator[str]:
