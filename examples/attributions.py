@@ -7,6 +7,7 @@ gradient of the winning logit and what ``with_rules`` makes of it. Of LRP it pri
 the relevance of the pixels, that of the biases, and what ε took.
 """
 
+import argparse
 import pathlib
 import sys
 import tempfile
@@ -100,9 +101,9 @@ def draw(path: pathlib.Path, x: np.ndarray, rows: list[str], maps: list[np.ndarr
 
 
 def main() -> int:
-    path = (
-        pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path(tempfile.mkdtemp(prefix="attributions-"), "digits.png")
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("picture", nargs="?", type=pathlib.Path, metavar="PICTURE.png", help="default: in a new folder")
+    path = parser.parse_args().picture or pathlib.Path(tempfile.mkdtemp(prefix="attributions-"), "digits.png")
     data = digits(images=True)
     params = train(jnp.asarray(data.x), jnp.asarray(data.y))
     logits = MODEL(params, jnp.asarray(data.test_x))
