@@ -18,7 +18,7 @@ CPU = jax.devices("cpu")[0]
 @pytest.mark.parametrize("name", ["llama-1b", pytest.param("gpt2-124m", marks=pytest.mark.slow)])
 def test_the_command_measures_variants_that_compute_the_same(name, tmp_path, capsys, monkeypatch, request):
     if not request.config.getoption("--slow"):
-        monkeypatch.setattr(gpu, "VARIANTS", ("flax dots_saveable", "ours", "accelerated"))
+        monkeypatch.setattr(gpu, "VARIANTS", ("flax dots_saveable", "ours"))
     files = ["--json", str(tmp_path / "g.json"), "--plot", str(tmp_path / "g.png")]
     assert main(["bench", "gpu", name, "--device", "cpu", "--size", "small", "--rounds", "2", *files]) == 0
     found = json.loads((tmp_path / "g.json").read_text())
