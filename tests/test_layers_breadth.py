@@ -248,7 +248,7 @@ BAD = [
     (lambda: layers.Bidirectional(layers.Dense(3), layers.Lstm(3)), "expected recurrent layers"),
     (lambda: layers.StochasticDepth(1.5), "expected a probability"),
     (lambda: layers.StochasticDepth(0.5).apply({}, jnp.ones((2, 3)), train=True), "needs a random key"),
-    (lambda: layers.WeightNorm(ops.relu), "WeightNorm: expected a layer"),
+    (lambda: layers.WeightNorm(ops.relu), "WeightNorm: expected a layer"),  # type: ignore[arg-type]
     (lambda: layers.SpectralNorm(layers.Dense(2)).apply({}, jnp.ones((2, 3))), "expected layer, u and sigma"),
     (lambda: repeat(layers.Dense(4), 2).init(KEY, jnp.ones((2, 3))), "repeat: .* expected the same shape"),
     (lambda: repeat(layers.Dense(4), 0), "repeat: times is 0"),

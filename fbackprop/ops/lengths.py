@@ -43,7 +43,7 @@ def _rows(x: Any, axes: Sequence[int]) -> int:
 
 class _NormSaved(NamedTuple):
     x: jax.Array
-    length: jax.Array  # n, with the axes of length 1
+    length: jax.Array  # max(n, m), with the axes of length 1
     least: jax.Array  # m
 
 
@@ -76,13 +76,19 @@ def _length(x: jax.Array, axes: tuple[int, ...], p: float) -> jax.Array:
     return top * jnp.sum((a / top) ** p, axes, keepdims=True) ** (1 / p)
 
 
+def _at_least(x: jax.Array, min_norm: ArrayLike, axes: tuple[int, ...], p: float) -> jax.Array:
+    """max(n, m), the axes with length 1. A vector that is short is replaced first: the slope of its root may be infinite."""
+    short = _length(jax.lax.stop_gradient(x), axes, p) <= min_norm
+    return jnp.where(short, min_norm, _length(jnp.where(short, 1, x), axes, p))
+
+
 def _norm_forward(
     x: ArrayLike, min_norm: ArrayLike, ord: Any = None, axis: Axis = None, keepdims: bool = False
 ) -> tuple[jax.Array, _NormSaved]:
     axes = _norm_axes(x, axis, ord)
-    n = _length(wide(x), axes, _order(ord))
-    y = jnp.where(n <= min_norm, min_norm, n).astype(float_type(x))
-    return y if keepdims else jnp.squeeze(y, axes), _NormSaved(jnp.asarray(x), n, jnp.asarray(min_norm))
+    length = _at_least(wide(x), min_norm, axes, _order(ord))
+    y = length.astype(float_type(x))
+    return y if keepdims else jnp.squeeze(y, axes), _NormSaved(jnp.asarray(x), length, jnp.asarray(min_norm))
 
 
 def _norm_backward(saved: _NormSaved, dy: jax.Array, *, ord: Any, axis: Axis, keepdims: bool) -> tuple[Any, ...]:
@@ -141,10 +147,7 @@ def safe_norm(
       ValueError: where ord is another norm of matrices, or an axis is out of range.
     """
     axes, p = _norm_axes(x, axis, ord), _order(ord)
-    x_ = wide(x)
-    short = _length(x_, axes, p) <= min_norm
-    n = _length(jnp.where(short, 1, x_), axes, p)
-    y = jnp.where(short, min_norm, n).astype(float_type(x))
+    y = _at_least(wide(x), min_norm, axes, p).astype(float_type(x))
     return y if keepdims else jnp.squeeze(y, axes)
 
 
