@@ -98,22 +98,24 @@ def draw_depth(axis: Any, lines: dict[str, Sequence[float]], names: Sequence[str
 def draw_rates(
     axis: Any, lines: dict[str, Sequence[tuple[float, float]]], before: float, steps: int, chosen: float | None = None
 ) -> None:
-    """The loss after some steps over the rate, a line for each label; what ended in numbers that are not finite is marked at
-    the upper edge."""
+    """The loss after some steps over the rate, a line for each label. What ended above three times the loss before, or in
+    numbers that are not finite, is a cross at the upper edge."""
     for (label, points), color in zip(lines.items(), (BLUE, ORANGE, GREEN, RED, "#7a5195", INK)):
         rates, losses = np.array(points, float).T
-        fine = np.isfinite(losses)
+        fine = losses <= 3 * before  # False for NaN
         axis.plot(
             rates, np.where(fine, losses, np.nan), color=color, marker="o", markersize=4, linewidth=1.6, label=label or None
         )
-        high = np.full((~fine).sum(), 0.97)
-        axis.plot(rates[~fine], high, transform=axis.get_xaxis_transform(), color=RED, marker="x", linestyle="none")
+        high = np.full((~fine).sum(), 1.0)
+        axis.plot(
+            rates[~fine], high, transform=axis.get_xaxis_transform(), color=color, marker="x", linestyle="none", clip_on=False
+        )
     axis.axhline(before, color=FAINT, linewidth=1, linestyle="--")
     if chosen is not None:
         axis.axvline(chosen, color=FAINT, linewidth=1)
     axis.set_xscale("log")
     plain(axis, f"loss after {steps} steps on one batch, over the rate (dashed: before)")
-    _log(axis, [loss for points in lines.values() for _, loss in points] + [before], spread=30)
+    _log(axis, [loss for points in lines.values() for _, loss in points if loss <= 3 * before] + [before], spread=30)
     if len(lines) > 1:
         axis.legend(frameon=False, fontsize=8.5)
 
