@@ -36,34 +36,39 @@ from fbackprop.samples import mask, normal, sample
 
 __all__ = ["ctc_loss_with_forward_probs"]
 
-States = tuple[jax.Array, jax.Array]  # φ [..., batch, N + 1], e [..., batch, N]
+# φ(n) and e(n) after n labels, n = 0 … N, both [..., batch, N + 1]: with e(0), which is never, they move alike.
+States = tuple[jax.Array, jax.Array]
 
 
-def _plus(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a ⊕ b. Autodiff of it gives the slopes of ``_shares``: a half each where both are equal (that of jnp.logaddexp is one
-    each for numbers so large that log 2 is lost in them), and nothing where both are −∞."""
+class _Sum(NamedTuple):
+    """a ⊕ b and its slopes: a half each where both are equal, nothing where both are −∞."""
+
+    value: jax.Array
+    first: jax.Array
+    second: jax.Array
+
+
+def _plus(a: jax.Array, b: jax.Array) -> _Sum:
+    # Autodiff of the value gives the same slopes; that of jnp.logaddexp is one each for equal numbers so large that log 2 is
+    # lost in them.
     larger, smaller = jnp.where(a >= b, a, b), jnp.where(a >= b, b, a)
     none = larger == -jnp.inf
     top = jnp.where(none, 0, larger)
-    return jnp.where(none, -jnp.inf, top + jnp.log1p(jnp.exp(jnp.where(none, 0, smaller) - top)))
+    e = jnp.exp(jnp.where(none, 0, smaller) - top)
+    most = 1 / (1 + e)
+    of_larger, of_smaller = jnp.where(none, 0, most), jnp.where(none, 0, e * most)
+    value = jnp.where(none, -jnp.inf, top + jnp.log1p(e))
+    return _Sum(value, jnp.where(a >= b, of_larger, of_smaller), jnp.where(a >= b, of_smaller, of_larger))
 
 
-def _joined(phi: jax.Array, emitted: jax.Array) -> jax.Array:
-    """φ(n) ⊕ what comes from the label n; φ(0) comes from nowhere else."""
-    return jnp.concatenate([phi[..., :1], _plus(phi[..., 1:], emitted)], -1)
+def _next(states: jax.Array, fill: float) -> jax.Array:
+    """What stands at n − 1, at n."""
+    return jnp.pad(states[..., :-1], [(0, 0)] * (states.ndim - 1) + [(1, 0)], constant_values=fill)
 
 
-def _shares(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The slopes of a ⊕ b."""
-    none = (a == -jnp.inf) & (b == -jnp.inf)
-    difference = jnp.where(none, 0, a) - jnp.where(none, 0, b)
-    return jnp.where(none, 0, jax.nn.sigmoid(difference)), jnp.where(none, 0, jax.nn.sigmoid(-difference))
-
-
-def _split(phi: jax.Array, emitted: jax.Array, g: jax.Array) -> States:
-    """What the cotangent of ``_joined`` sends to φ and to the labels."""
-    first, second = _shares(phi[..., 1:], emitted)
-    return jnp.concatenate([g[..., :1], first * g[..., 1:]], -1), second * g[..., 1:]
+def _previous(states: jax.Array) -> jax.Array:
+    """What stands at n + 1, at n."""
+    return jnp.pad(states[..., 1:], [(0, 0)] * (states.ndim - 1) + [(0, 1)])
 
 
 class _Lattice(NamedTuple):
@@ -71,7 +76,7 @@ class _Lattice(NamedTuple):
 
     labels: jax.Array  # [batch, N], within the classes
     known: jax.Array  # [batch, N], which of them were
-    merges: jax.Array  # [batch, N], ε where the next label is the same, else 0
+    merges: jax.Array  # [batch, N + 1], ε where the next label is the same, else 0
     parts: jax.Array  # ε where it is not
     lengths: jax.Array  # [batch]
     padded: jax.Array  # [frames, batch, 1]
@@ -84,7 +89,7 @@ class _Lattice(NamedTuple):
         label, padding = jnp.asarray(labels), jnp.asarray(label_paddings) != 0
         classes, dtype = logits.shape[-1], wide_type(logits)
         known = (label >= 0) & (label < classes)
-        same = jnp.pad(label[:, :-1] == label[:, 1:], [(0, 0), (0, min(label.shape[1], 1))]).astype(dtype)
+        same = jnp.pad(label[:, :-1] == label[:, 1:], [(0, 0), (1, min(label.shape[1], 1))]).astype(dtype)
         lengths = label.shape[1] - jnp.sum(padding, 1, dtype=jnp.int32)
         counts = jnp.arange(label.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
         padded = (jnp.asarray(logit_paddings) != 0).T[..., None]
@@ -94,16 +99,17 @@ class _Lattice(NamedTuple):
 
     def start(self, dtype: Any, log_epsilon: float) -> States:
         batch, most = self.labels.shape
-        nowhere = jnp.full((batch, most), log_epsilon, dtype)
-        return jnp.concatenate([jnp.zeros((batch, 1), dtype), nowhere], -1), nowhere
+        nowhere = [(0, 0), (1, 0)]
+        later = jnp.full((batch, most), log_epsilon, dtype)
+        return jnp.pad(later, nowhere), jnp.pad(later, nowhere, constant_values=-jnp.inf)
 
 
 def _log_probabilities(logits: jax.Array, lattice: _Lattice, normalizer: Normalizer, blank: int) -> States:
-    """Of the blank [frames, batch, 1] and of each label [frames, batch, N]; 0 for labels that are none of the classes."""
+    """Of the blank [frames, batch, 1] and of each label [frames, batch, N + 1]; 0 for what is none of the classes."""
     frames = logits.shape[1]
     places = jnp.broadcast_to(lattice.labels[:, None], (logits.shape[0], frames, lattice.labels.shape[1]))
     emit = normalizer.log_probability(wide(jnp.take_along_axis(logits, places, -1)))
-    emit = jnp.where(lattice.known[:, None], emit, 0)
+    emit = jnp.pad(jnp.where(lattice.known[:, None], emit, 0), [(0, 0), (0, 0), (1, 0)])
     at_blank = normalizer.log_probability(wide(logits[..., blank : blank + 1]))
     return at_blank.swapaxes(0, 1), emit.swapaxes(0, 1)
 
@@ -113,9 +119,9 @@ def _states(at_blank: jax.Array, emit: jax.Array, lattice: _Lattice, start: Stat
 
     def frame(states: States, given: Any) -> tuple[States, States]:
         (phi, emitted), (l_blank, l_emit, padded) = states, given
-        moved = _joined(phi, emitted + lattice.merges)
-        new_emitted = _plus(moved[:, :-1], emitted) + l_emit
-        new_phi = _joined(moved, emitted + lattice.parts) + l_blank
+        moved = _plus(phi, emitted + lattice.merges).value
+        new_emitted = _plus(_next(moved, -jnp.inf), emitted).value + l_emit
+        new_phi = _plus(moved, emitted + lattice.parts).value + l_blank
         new = jnp.where(padded, phi, new_phi), jnp.where(padded, emitted, new_emitted)
         return new, new
 
@@ -137,12 +143,12 @@ def _ctc(
     normalizer = log_normalizer(z, -1)
     at_blank, emit = _log_probabilities(z, lattice, normalizer, blank)
     phi, emitted = _states(at_blank, emit, lattice, lattice.start(at_blank.dtype, log_epsilon))
-    last = _joined(phi[-1], emitted[-1])
+    last = _plus(phi[-1], emitted[-1]).value
     loss = -jnp.take_along_axis(last, lattice.lengths[:, None], 1)[:, 0]
     loss = jnp.where(lattice.spoilt, jnp.nan, loss)
     # Under vmap over label_paddings alone, each output has to depend on them: JAX would count its cotangent several times.
     nothing = (lattice.lengths * 0).astype(phi.dtype)[None, :, None]
-    return (loss, phi.at[-1].set(last) + nothing, emitted + nothing), _Saved(z, normalizer, lattice, (phi, emitted))
+    return (loss, phi.at[-1].set(last) + nothing, emitted[..., 1:] + nothing), _Saved(z, normalizer, lattice, (phi, emitted))
 
 
 def _forward(
@@ -164,29 +170,30 @@ def _backward(saved: _Saved, dy: Any, *, blank_id: int, log_epsilon: float) -> t
     # the end: L = −(φ ⊕ e) at the length of each sequence, and the last states that are returned
     dloss = jnp.where(lattice.spoilt, 0, dloss)
     at_end = jnp.arange(phi.shape[-1], dtype=jnp.int32)[None] == lattice.lengths[:, None]
-    end = _split(phi[-1], emitted[-1], dphi[-1] - jnp.where(at_end, dloss[:, None], 0))
-    dphi = dphi.at[-1].set(0)
+    last = _plus(phi[-1], emitted[-1])
+    dlast = dphi[-1] - jnp.where(at_end, dloss[:, None], 0)
+    dphi, demitted = dphi.at[-1].set(0), jnp.pad(demitted, [(0, 0), (0, 0), (1, 0)])
 
     def frame(g: States, given: Any) -> tuple[States, States]:
         (phi, emitted), own, padded = given
         g_phi, g_emitted = g[0] + own[0], g[1] + own[1]
-        moved = _joined(phi, emitted + lattice.merges)
-        to_moved, to_emitted = _split(moved, emitted + lattice.parts, g_phi)
-        from_moved, staying = _shares(moved[:, :-1], emitted)
-        to_moved = to_moved + jnp.pad(from_moved * g_emitted, [(0, 0), (0, 1)])
-        to_phi, through = _split(phi, emitted + lattice.merges, to_moved)
-        to_emitted = to_emitted + staying * g_emitted + through
-        before = jnp.where(padded, g_phi, to_phi), jnp.where(padded, g_emitted, to_emitted)
+        moved = _plus(phi, emitted + lattice.merges)
+        to_phi = _plus(moved.value, emitted + lattice.parts)
+        to_emitted = _plus(_next(moved.value, -jnp.inf), emitted)
+        g_moved = to_phi.first * g_phi + _previous(to_emitted.first * g_emitted)
+        g_before = to_phi.second * g_phi + to_emitted.second * g_emitted + moved.second * g_moved
+        before = jnp.where(padded, g_phi, moved.first * g_moved), jnp.where(padded, g_emitted, g_before)
         l_blank = jnp.where(padded, 0, jnp.sum(g_phi, -1, keepdims=True))
         return before, (l_blank, jnp.where(padded, 0, g_emitted))
 
     start = varying_like(lattice.start(phi.dtype, log_epsilon), phi, emitted)
     previous = tuple(jnp.concatenate([first[None], states[:-1]]) for first, states in zip(start, (phi, emitted)))
     given = (previous, (dphi, demitted), lattice.padded)
+    end = last.first * dlast, last.second * dlast
     dblank, demit = jax.lax.scan(frame, varying_like(end, given, lattice), given, reverse=True)[1]
 
     # each frame: dz = dl − softmax(z) Σ dl, with dl gathered by class
-    demit = jnp.where(lattice.known[None], demit, 0)
+    demit = jnp.where(lattice.known[None], demit[..., 1:], 0)
     total = dblank + jnp.sum(demit, -1, keepdims=True)  # [frames, batch, 1]
     classes = jnp.zeros((logits.shape[0], logits.shape[2], logits.shape[1]), demit.dtype)
     by_class = jax.vmap(lambda d, labels, g: d.at[labels].add(g))(classes, lattice.labels, jnp.transpose(demit, (1, 2, 0)))
@@ -198,8 +205,8 @@ def _backward(saved: _Saved, dy: Any, *, blank_id: int, log_epsilon: float) -> t
 def _bytes(logits: Any, labels: Any) -> int:
     """Logits, labels, two normalizers and a padding each frame, the states, and what the labels say of the way."""
     (batch, frames, _), most, size = logits.shape, labels.shape[1], wide_type(logits).itemsize
-    states = frames * batch * (2 * most + 1) * size
-    return nbytes(logits, labels) + states + batch * frames * (2 * size + 1) + batch * (most * (2 * size + 1) + 4 + 1)
+    states = frames * batch * 2 * (most + 1) * size
+    return nbytes(logits, labels) + states + batch * frames * (2 * size + 1) + batch * (2 * (most + 1) * size + most + 4 + 1)
 
 
 @rule(
