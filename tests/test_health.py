@@ -439,6 +439,14 @@ def test_what_the_loss_does_not_use_is_told():
     assert finding.cause == "the loss does not use them."
 
 
+def test_a_residual_branch_that_begins_at_zero_is_nothing_wrong():
+    params = {"a": {"kernel": np.ones((3, 3), np.float32)}, "b": {"kernel": np.zeros((3, 3), np.float32)}}
+    x = np.ones((2, 3), np.float32)
+    found = fb.health(lambda p: ((x + fb.dense(fb.dense(x, **p["a"]), **p["b"])) ** 2).sum(), params, try_fixes=False)
+    assert found.now["gradient"].tolist()[0] == 0 < found.now["gradient"].tolist()[1]
+    assert found.ok
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -105,11 +105,11 @@ def gains(seen: Look) -> list[float]:
 def _depth(seen: Look) -> Iterator[Finding]:
     share, layout = reach(seen), seen.layout
     ends = layer_ends(layout)
-    if not (share < SHRUNK or share > GROWN):
-        return
+    if not (0 < share < SHRUNK or share > GROWN):
+        return  # where it is exactly zero, the layer is unreached
     first, last = (layout.layers[_layer(layout, i)].name for i in (ends[0], ends[-1]))
     steps = len(ends) - 1
-    mean = share ** (1 / steps) if share > 0 else 0.0
+    mean = share ** (1 / steps)
     if share < SHRUNK:
         message = (
             f"of the gradient at the output of {last} (norm {seen['dout'][ends[-1]]:.2g}) {share:.1e} is left at that of "
@@ -222,16 +222,25 @@ def _overshoot(now: Look, after: Look) -> Iterator[Finding]:
 
 
 def _unreached(seen: Look) -> Iterator[Finding]:
-    names = [layer.name for i, layer in enumerate(seen.layout.layers) if layer.places and not seen["gradient"][i]]
+    layers = seen.layout.layers
+    names = [layer.name for i, layer in enumerate(layers) if layer.places and not seen["gradient"][i] and not _opens(seen, i)]
     if names:
         few = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        called = [i for i, layer in enumerate(seen.layout.layers) if layer.name in names and seen.layout.of_layer(i)]
+        called = [i for i, layer in enumerate(layers) if layer.name in names and seen.layout.of_layer(i)]
         cause = (
             "no cotangent comes back to them: what lies behind is dead, saturated, stopped or too small for its dtype."
             if called
             else "the loss does not use them."
         )
         yield Finding("unreached", names[0], f"the gradient of {few} is exactly zero.", cause)
+
+
+def _opens(seen: Look, layer: int) -> bool:
+    """Whether the next layer that has a gradient is zero itself: a residual branch that begins so, and opens with a step."""
+    for i in range(layer + 1, len(seen.layout.layers)):
+        if seen["gradient"][i]:
+            return not seen["weight"][i] or (seen.layout.layers[i].kernel is not None and not seen["kernel"][i])
+    return False
 
 
 # Numbers that are not finite.
