@@ -159,7 +159,7 @@ def _largest_forward(margin: float) -> Any:
 
 def _largest_backward(saved: _RowsSaved, dy: jax.Array) -> tuple[Any, ...]:
     largest, g = saved.largest, jnp.expand_dims(wide(dy), -1)
-    share = g / jnp.sum(largest, -1, keepdims=True)
+    share = g / jnp.sum(largest.astype(g.dtype), -1, keepdims=True)
     return jnp.where(largest, share, 0) - jnp.where(_one_hot(largest, saved.labels), g, 0), None
 
 
