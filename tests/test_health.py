@@ -276,6 +276,7 @@ def test_updates_are_the_optimizers_own():
 # Findings with causes, and what was tried.
 
 
+@pytest.mark.slow  # by default examples/health.py, which says the same by its exit code, stands for it
 def test_a_deep_stack_of_sigmoids_vanishes_and_relu_with_he_helps():
     loss, params, *batch = stack(8, 6, fb.sigmoid)
     before = jax.tree.map(np.array, params)
