@@ -33,9 +33,9 @@ presets:
 """
 
 _TRAIN_END = """\
-DIR receives config.json, metrics.json, curves.png, checkpoints/ and, where text is learned, samples.txt. Ctrl-C writes
-a checkpoint and stops; with --resume the run goes on and ends with the parameters, bit for bit, of one that never
-stopped.
+DIR receives config.json, metrics.json, curves.png, checkpoints/, where text is learned samples.txt, and with --health
+health.png. Ctrl-C writes a checkpoint and stops; with --resume the run goes on and ends with the parameters, bit for bit,
+of one that never stopped.
 
 examples:
   fbackprop train digits-cnn
