@@ -46,10 +46,10 @@ __all__ = [
     "ops",
     "relevance",
     "rules",
+    "saved",
     "to_equinox",
     "to_flax",
     "to_nnx",
-    "saved",
     "with_rules",
     "without_rules",
 ]

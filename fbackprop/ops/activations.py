@@ -24,9 +24,10 @@
 float32 or wider. Where x is narrower than float32, sigmoid and tanh keep x in place of y: a rounded y near 1 no longer
 tells 1 − y.
 
-The slopes of sigmoid (narrow), tanh (narrow), silu and mish are written with e = exp(−|x|), which keeps their tails:
+The slopes of sigmoid (narrow), silu and mish are written with e = exp(−|x|), which keeps their tails, that of tanh (narrow)
+with the mirrored y, which costs no more than y:
 
-    σ' = e / (1 + e)²,   tanh' = 4 e² / (1 + e²)²,   σ(x) = 1 / (1 + e) | e / (1 + e),   for x ≥ 0 | x < 0
+    σ' = e / (1 + e)²,   tanh' = 1 − tanh(−x)²,   σ(x) = 1 / (1 + e) | e / (1 + e),   for x ≥ 0 | x < 0
     mish: t = a / d,   1 − t² = 4 w² (1 + e)² / d²,   a = 1 + 2 e | e² + 2 e,   d = a + (2 e² | 2),   w = e | 1
           f' = t + 4 x e w (1 + e) / d²
 
@@ -92,7 +93,7 @@ def sigmoid(x: ArrayLike) -> jax.Array:
 
 @elementwise(
     lambda y: 1 - y * y,
-    narrow=[lambda x: 4 * _bell(2 * x)],
+    narrow=[lambda x: 1 - jnp.square(jnp.tanh(-x))],
     minimum=_size,
     samples=[sample(normal(5, 7)), sample(normal(9, scale=4.0)), sample(normal()), sample(normal(9, mean=-60.0))],
 )
