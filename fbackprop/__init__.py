@@ -53,4 +53,5 @@ __all__ = [
     "with_rules",
     "without_rules",
 ]
-__all__ += ops.__all__ + compositions.__all__
+__all__ += ops.__all__
+__all__ += compositions.__all__

@@ -115,8 +115,8 @@ def _train(subparsers: Any) -> None:
     add("--seed", type=whole(0), metavar="N", help="decides initial weights, order and dropout (default: 0)")
     add("--out", metavar="DIR", help="where the files go; it must not hold a run yet (default: a new runs/PRESET-N)")
     add("--resume", action="store_true", help="continue the run in DIR; --steps or --epochs may extend it")
-    add("--health", type=whole(1), nargs="?", const=50, metavar="N",
-        help="look every N steps (default: 50) at gradients, gains, updates, dead and saturated units; writes health.png")  # fmt: skip
+    look = "look every N steps (default: 50) at gradients, gains, updates, dead and saturated units; writes health.png"
+    add("--health", type=whole(1), nargs="?", const=50, metavar="N", help=look)
     add("-h", "--help", action=_TrainHelp, nargs=0, default=argparse.SUPPRESS, help="show this message and exit")
     parser.set_defaults(run=_run_train)
 
