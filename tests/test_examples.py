@@ -9,7 +9,12 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-OTHERS = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "by_hand.py")
+SLOW = ("accelerate_flax.py", "attributions.py")  # which train for a while; what they use has tests of its own
+OTHERS = [
+    pytest.param(path, id=path.name, marks=pytest.mark.slow if path.name in SLOW else ())
+    for path in sorted(EXAMPLES.glob("*.py"))
+    if path.name != "by_hand.py"
+]
 
 
 def run(*command):
@@ -17,7 +22,7 @@ def run(*command):
     return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("script", OTHERS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", OTHERS)
 def test_runs(script):
     done = run(script)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -232,6 +232,7 @@ def state(directory):
         return [np.asarray(leaf) for leaf in jax.tree.leaves(reader.restore(folder / str(newest) / "state"))]
 
 
+@pytest.mark.slow
 def test_a_run_on_text_is_resumed_bit_for_bit_and_drawn_from(small, capsys):
     assert run("train", "sums.txt", "--steps", 30, "--out", "whole") == 0
     printed = capsys.readouterr()

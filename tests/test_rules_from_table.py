@@ -1,6 +1,6 @@
 """Tests that every rule gets by standing in RULES. Adding an op adds its tests; nothing here names an op.
 
-By default each rule runs in float32 on its first two samples and in bfloat16 on its first; ``--slow`` runs all of them, and
+By default each rule runs in float32 on its first sample and in bfloat16 on its second; ``--slow`` runs all of them, and
 the other dtypes. Rules of the one-line form are formulas in one and the same code: what that code decides, how it behaves under
 vmap and the like, is by default tested on some of them. Losses that optax has too, which pass optax's own tests
 (test_optax_suite.py), run by default on one sample.
@@ -86,14 +86,17 @@ LIGHT = frozenset(
 
 
 def cases(dtypes=("float32",), every=True, some=False):
-    """Each rule × sample × dtype. Slow are: samples beyond the second, dtypes other than float32 beyond the first, float16,
-    float64, without ``every`` all samples beyond the first, and with ``some`` plain rules and most of the one-line form; of
-    light rules all but the first sample in float32, with ``every``."""
+    """Each rule × sample × dtype. By default: where there are dtypes the first sample in float32 and the second in bfloat16, else
+    the first two samples, without ``every`` the first; with ``some`` neither plain rules nor most of the one-line form; of light
+    rules the first sample in float32, with ``every``. The others are slow."""
     found = []
     for rule in RULES.values():
         for number, sample in enumerate(rule.samples):
             for dtype in dtypes:
-                slow = (number > 0 and not (every and dtype == "float32")) or number > 1 or dtype in ("float16", "float64")
+                if len(dtypes) > 1:
+                    slow = (number, dtype) not in ((0, "float32"), (min(1, len(rule.samples) - 1), "bfloat16"))
+                else:
+                    slow = number > (1 if every else 0)
                 slow = slow or (some and rule.name in PLAIN) or (rule in ONE_LINE[3:] and (some or dtype != "float32"))
                 slow = slow or (rule.name in LIGHT and (number > 0 or dtype != "float32" or not every))
                 label = "-".join([rule.name, f"[{sample}]", *([dtype] if len(dtypes) > 1 else [])])
