@@ -15,7 +15,7 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
-# Families of alike cases, of which each n-th runs by default and all with --slow, so that the default run stays below ten minutes.
+# Families of alike cases, of which each n-th runs by default and all with --slow: the default run stays below ten minutes.
 THINNED = {
     "test_attention.py::test_values_and_gradients_are_those_of_jax": 2,
     "test_bank.py::test_a_right_function_passes": 2,

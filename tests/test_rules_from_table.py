@@ -86,9 +86,9 @@ LIGHT = frozenset(
 
 
 def cases(dtypes=("float32",), every=True, some=False):
-    """Each rule × sample × dtype. By default: where there are dtypes the first sample in float32 and the second in bfloat16, else
-    the first two samples, without ``every`` the first; with ``some`` neither plain rules nor most of the one-line form; of light
-    rules the first sample in float32, with ``every``. The others are slow."""
+    """Each rule × sample × dtype. By default: where there are dtypes the first sample in float32 and the second in bfloat16,
+    else the first two samples, without ``every`` the first; with ``some`` neither plain rules nor most of the one-line form;
+    of light rules the first sample in float32, with ``every``. The others are slow."""
     found = []
     for rule in RULES.values():
         for number, sample in enumerate(rule.samples):
