@@ -1,17 +1,16 @@
 """Settings of every test: 8 virtual CPU devices, strict promotion of ranks, no leaked warnings.
 
-Most of a test's time goes into compiling. By default LLVM's optimizations are off, which takes a third of it away; XLA's own, which
-decide what is fused and kept, are on. With --slow, or with ``XLA_FLAGS=--xla_backend_optimization_level=3``, all are as users
-have them (.ci/run does so on one Python).
+Most of a test's time goes into compiling. By default LLVM's optimizations are off, which takes a third of it away; XLA's own,
+which decide what is fused and kept, are on. With --slow, or with ``XLA_FLAGS=--xla_backend_optimization_level=3``, all are as
+users have them (.ci/run does so on one Python).
 """
 
 import os
 import sys
 
-_flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-if "xla_backend_optimization_level" not in _flags and "--slow" not in sys.argv:
-    _flags += " --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = _flags
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"] and "--slow" not in sys.argv:
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
