@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 __all__ = [
-    "Summary", "cells", "exact", "heat_map", "is_small", "number", "plain_array", "right_aligned", "shape_text", "size",
+    "Summary", "cells", "exact", "heat_map", "is_small", "norm", "number", "plain_array", "right_aligned", "shape_text", "size",
     "summary", "table_cells",
 ]  # fmt: skip
 
@@ -32,6 +32,11 @@ def plain_array(values: Any) -> np.ndarray:
     if array.dtype.kind in "biu":
         return array
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def norm(array: Any) -> float:
+    """The Euclidean norm of all elements."""
+    return float(np.linalg.norm(plain_array(array).reshape(-1)))
 
 
 def number(value: Any, digits: int = 6) -> str:

@@ -162,7 +162,7 @@ def _output(explanation: Explanation, cards: list[_Card], flows: list[_Flow], pl
 
 
 def _norm(array: Any) -> str:
-    return digits.number(float(np.linalg.norm(digits.plain_array(array).reshape(-1))), 2)
+    return digits.number(digits.norm(array), 2)
 
 
 def _repetition(steps: tuple[Step, ...]) -> tuple[int, int, int] | None:

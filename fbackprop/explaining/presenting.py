@@ -169,16 +169,12 @@ def _backward(step: Step, lang: str) -> Details:
     if not shown:
         own.insert(0, Details(said("derivation", lang), tuple(map(formula, _derivation(step)))))
     arriving = {f"d{name}": d for name, d in step.upstream.items()}
-    norms = ", ".join(f"‖d{name}‖ {digits.number(_norm(d), 3)}" for name, d in handed.items())
+    norms = ", ".join(f"‖d{name}‖ {digits.number(digits.norm(d), 3)}" for name, d in handed.items())
     return Details(f"{title}: {_shapes(arriving)} → {norms}", tuple(own), f"backward-{step.index}")
 
 
 def _derivation(step: Step) -> list[str]:
     return [line.strip() for line in step.formula.splitlines() if line.startswith("    ") and "=" in line]
-
-
-def _norm(array: Any) -> float:
-    return float(np.linalg.norm(digits.plain_array(array).reshape(-1)))
 
 
 def gradient_table(explanation: Explanation, lang: str = "en") -> Table:
@@ -188,7 +184,7 @@ def gradient_table(explanation: Explanation, lang: str = "en") -> Table:
         if leaf.gradient is not None:
             value, d = explanation.values[leaf.value], digits.plain_array(explanation.values[leaf.gradient])
             largest = float(np.abs(d).max(initial=0.0))
-            rows.append((leaf.label, digits.shape_text(leaf.type.shape), _norm(value), _norm(d), largest))
+            rows.append((leaf.label, digits.shape_text(leaf.type.shape), digits.norm(value), digits.norm(d), largest))
     columns = ("argument", "shape", "value_norm", "norm", "largest")
     return Table(tuple(said(f"column_{c}", lang) for c in columns), tuple(rows))
 

@@ -10,6 +10,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from fbackprop.explaining.digits import size
 from fbackprop.gallery.entries import Entry, Figures, entries, figures_of, sources
 from fbackprop.loading import Refusal, near
 
@@ -69,14 +70,6 @@ def _cells(figures: Figures | None) -> tuple[str, str, str, str]:
         return "–", "–", "–", "–"
     errors = ("–" if e is None else f"{e:.2g}" for e in (figures.error, figures.autodiff_error))
     return size(figures.ours), size(figures.autodiff), *errors  # type: ignore[return-value]
-
-
-def size(count: int) -> str:
-    """12.3 MiB"""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} B"
 
 
 def _page(console: Console, entry: Entry) -> None:
