@@ -4,16 +4,18 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from fbackprop.diagnosing.findings import Finding, gains, judge
 from fbackprop.diagnosing.fixes import with_trials
 from fbackprop.diagnosing.looks import Look
 from fbackprop.diagnosing.trials import Bench, Change, Trial, reach
+
+if TYPE_CHECKING:
+    import optax
 
 __all__ = ["Health", "LayerHealth", "health", "layer_rows", "rate_sweep"]
 
@@ -80,7 +82,7 @@ def health(
     params: Any,
     *batch: Any,
     rate: float | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: "optax.GradientTransformation | None" = None,
     opt_state: Any = None,
     try_fixes: bool = True,
     steps: int = 20,
@@ -105,6 +107,8 @@ def health(
       ValueError: where an argument is out of range, params holds no arrays, or the loss gives no scalar.
       TypeError: where params holds something that is not of floating-point numbers.
     """
+    import optax  # when it is needed, not whenever fbackprop is imported
+
     _check(params, rate, optimizer, opt_state, steps)
     known = rate is not None or optimizer is not None
     chosen = optimizer if optimizer is not None else optax.sgd(rate) if rate is not None else optax.adam(1e-3)
@@ -126,7 +130,7 @@ def rate_sweep(
     params: Any,
     *batch: Any,
     rate: float,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: "optax.GradientTransformation | None" = None,
     steps: int = 20,
     factors: Sequence[float] = SWEEP,
 ) -> tuple[tuple[float, float], ...]:
@@ -134,6 +138,8 @@ def rate_sweep(
 
     Args and errors as for ``health``; ``factors``: by default nine from 1/100 to 100.
     """
+    import optax
+
     _check(params, rate, optimizer, None, steps)
     bench = Bench(loss, params, batch, optax.sgd(rate) if optimizer is None else optimizer, None, rate, steps, 0)
     return tuple((rate * factor, value) for factor, value in bench.sweep(factors))

@@ -13,16 +13,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from fbackprop.diagnosing.calls import KERNELS, Layout, discover
 from fbackprop.diagnosing.looks import Look, look
 from fbackprop.diagnosing.variants import AS_IT_IS, Variant, changed
+
+if TYPE_CHECKING:
+    import optax
 
 __all__ = ["Bench", "Change", "Trial", "reach"]
 
@@ -91,12 +93,14 @@ class Bench:
         loss: Callable[..., Any],
         params: Any,
         args: tuple[Any, ...],
-        optimizer: optax.GradientTransformation,
+        optimizer: "optax.GradientTransformation",
         opt_state: Any,
         rate: float | None,
         steps: int,
         seed: int,
     ):
+        import optax
+
         self.loss, self.params, self.args = _scalar(loss), params, args
         self.opt_state = optimizer.init(params) if opt_state is None else opt_state
         self.rate, self.steps, self.seed = rate, steps, seed
@@ -107,6 +111,8 @@ class Bench:
 
     def program(self, variant: Variant, float32: bool = False) -> tuple[Layout, Any, Any]:
         """The layout of the model so changed, its look and its descent."""
+        import optax
+
         if (variant, float32) not in self._programs:
             loss = self.loss
             params, args = self._given(float32)
