@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from fbackprop import ops
 from fbackprop.compositions.linear import general_equation
 from fbackprop.layers.base import Initializer, OpLayer, Params, State, promoted, set_option, tuples
-from fbackprop.layers.linear import require_positive
+from fbackprop.layers.linear import _Linear, require_positive
 from fbackprop.ops._arithmetic import canonical_axes
 
 __all__ = ["DenseGeneral", "Einsum"]
@@ -88,7 +88,7 @@ class DenseGeneral(OpLayer):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Einsum(OpLayer):
+class Einsum(_Linear):
     """A linear map written as an einsum of x and the kernel: ``Einsum((8, 2, 4), "...d,dnh->...nh")``.
 
     x -> y, of the axes that the equation names. Parameters: kernel of ``shape``; bias, of the axes of the kernel that are left
@@ -112,15 +112,10 @@ class Einsum(OpLayer):
         set_option(self, "shape", tuples(self.shape))
         require_positive(self.name, **{f"shape[{i}]": n for i, n in enumerate(self.shape)})
 
-    def initializers(self) -> dict[str, Initializer]:
-        return {"kernel": self.kernel_init, **({"bias": self.bias_init} if self.use_bias else {})}
-
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         inputs, _, result = self.einsum_str.replace(" ", "").partition("->")
         sizes = dict(zip(inputs.partition(",")[2], self.shape))
         return {"kernel": tuple(self.shape), "bias": tuple(sizes[c] for c in result if c in sizes)}
 
-    def arguments(self, params: Params, x: jax.Array, state: State, key: Any, train: bool) -> tuple[dict[str, Any], None]:
-        x, cast = promoted(self.dtype, x, params)
-        options = {name: getattr(self, name) for name in ("einsum_str", "precision", "preferred_element_type")}
-        return {"x": x, **cast, **options}, None
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("einsum_str", "precision", "preferred_element_type")}
