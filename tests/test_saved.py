@@ -1,12 +1,15 @@
 """saved: the bytes kept for the backward, beside what jax.vjp itself says, and hints that come true."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import fbackprop as fb
+from fbackprop.explaining.digits import size
+from fbackprop.explaining.words import LANGUAGES
 from fbackprop.measuring import saved_bytes
 
 KEY = jax.random.key(0)
@@ -97,10 +100,10 @@ def test_hints_come_true():
     found = fb.saved(loss, *args)
     (full,) = [h for h in found.hints if h.startswith('checkpoint="full"')]
     less = fb.saved(*(lambda fn, args: (fn, *args))(*gpt(checkpoint="full"))).total
-    assert f"keeps {less / 1024:.1f} KiB in all" in full
+    assert f"keeps {size(less)} in all" in full
     (narrow,) = [h for h in found.hints if "bfloat16" in h]
     wide = sum(r.bytes for r in found.rows if r.origin in ("op", "jax") and r.dtype == jnp.float32)
-    assert f"{wide / 2048:.1f} KiB less" in narrow
+    assert f"{size(wide // 2)} less" in narrow
     assert not any("checkpoint=" in h for h in fb.saved(functools.partial(loss), *args).hints)
 
 
@@ -125,8 +128,34 @@ def test_hint_of_a_mask_and_of_plain_operations():
         return jnp.where(x > 0, jnp.exp(x), 0).sum()
 
     found = fb.saved(masked, jax.ShapeDtypeStruct((64, 64), jnp.float32))
-    assert any("a byte for each element, 4.0 KiB; in bits it would be 512 B" in h for h in found.hints)
+    assert any("a byte for each element, 4 KiB; in bits it would be 512 B" in h for h in found.hints)
     assert any("kept by JAX for its own operations, most of it the output of exp" in h for h in found.hints)
+
+
+def test_sizes_have_three_digits_up_to_the_next_unit():
+    found = {n: size(n) for n in (0, 1023, 1024, 12 * 1024, 1000 * 1024, 2**20 - 1, 2**20, 1023 * 2**20, 5 * 2**40)}
+    assert [*found.values()] == ["0 B", "1023 B", "1 KiB", "12 KiB", "1000 KiB", "1024 KiB", "1 MiB", "1023 MiB", "5120 GiB"]
+
+
+def test_hints_are_in_the_language_that_was_asked_for(tmp_path):
+    def masked(kernel, x):
+        return jnp.where(x > 0, jnp.exp(fb.dense(x, kernel)), 0).sum()
+
+    found = fb.saved(masked, *shapes((jnp.ones((64, 64)), jnp.ones((64, 64)))))
+    assert len(found.hints) == len(found.advice) >= 3
+    assert str(found) == found.text().rstrip()
+    latin = re.compile(r"[a-z]{2,} [a-z]{2,} [a-z]{2,}")
+    for lang in LANGUAGES:
+        text = re.sub(r"\s*\n[ │╭╰╮╯─]*", " ", found.text(lang, width=400))
+        for hint in found.advice:
+            said = hint.said(lang)
+            assert said.replace("`", "") in text
+            assert bool(latin.search(said)) == (lang == "en"), said
+        found.html(lang, file=tmp_path / f"{lang}.html")
+        assert all(rival.said(lang) in (tmp_path / f"{lang}.html").read_text() for rival in found.rivals)
+        assert found.latex(lang).startswith("\\documentclass")
+    with pytest.raises(ValueError, match="no language 'fr'"):
+        found.text("fr")
 
 
 def test_the_picture(tmp_path):

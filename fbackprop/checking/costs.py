@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fbackprop.checking.examination import Examination, other, vjp
 from fbackprop.checking.programs import first_line
 from fbackprop.checking.report import Finding
 from fbackprop.measuring import saved_bytes as count_saved_bytes
+from fbackprop.ops._arithmetic import nbytes
 
 __all__ = ["retraces", "saved_bytes"]
 
@@ -77,8 +77,8 @@ def saved_bytes(examination: Examination) -> Iterator[Finding]:
     except Exception as error:
         examination.notes.append(f"saved bytes: could not be counted ({first_line(error)}).")
         return
-    rows = sum(int(np.prod(o.shape)) * o.dtype.itemsize for o in evidence.value_types)
-    spare = rows if 4 * rows <= max(leaf.size * leaf.dtype.itemsize for leaf in subject.floats) else 0
+    rows = nbytes(*evidence.value_types)
+    spare = rows if 4 * rows <= max(map(nbytes, subject.floats)) else 0
     if ours > theirs + spare:
         message = f"it keeps {ours:,} bytes for the backward, jax.grad of the reference {theirs:,}: save less, or recompute."
         yield Finding("saved bytes", subject.name, message, None, {"bytes": ours, "reference_bytes": theirs})

@@ -69,14 +69,12 @@ def exact(value: Any, dtype: Any = None) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in words: 640 bytes, 1.2 MiB."""
+    """Bytes in words, to three digits: 640 B, 1.2 MiB."""
     if count < 1024:
         return f"{count} B"
-    for unit in ("KiB", "MiB"):
-        count_in = count / 1024 if unit == "KiB" else count / 2**20
-        if count_in < 1024:
-            return f"{count_in:.3g} {unit}"
-    return f"{count / 2**30:.3g} GiB"
+    unit = 1 if count < 2**20 else 2 if count < 2**30 else 3
+    value = count / 1024**unit
+    return f"{value:.{3 if value < 999.5 else 4}g} {'BKMG'[unit]}iB"  # up to 1024 before the next unit
 
 
 def shape_text(shape: tuple[int, ...], scalar: str = "1") -> str:

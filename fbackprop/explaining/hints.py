@@ -8,22 +8,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fbackprop.explaining.digits import size
 from fbackprop.explaining.program import Call, Node, Program
+from fbackprop.explaining.words import said
+from fbackprop.ops._arithmetic import nbytes
 
-__all__ = ["hints", "size"]
+__all__ = ["Hint", "hints"]
 
 SHARE = 0.1
 """Of all bytes that a hint has to be about."""
 
 
-def size(number: int) -> str:
-    """Bytes for people: "12.0 KiB"."""
-    if number < 1024:
-        return f"{number} B"
-    return f"{number / 1024:.1f} KiB" if number < 2**20 else f"{number / 2**20:.1f} MiB"
+@dataclasses.dataclass(frozen=True)
+class Hint:
+    """A sentence, by its key among the words, and the values in its places."""
+
+    key: str
+    values: tuple[tuple[str, Any], ...]
+
+    def said(self, lang: str = "en") -> str:
+        values = {name: said("no_policy", lang) if value is None else value for name, value in self.values}
+        return said(f"hint_{self.key}", lang, **values)
 
 
-def hints(keeping: Any, program: Program | None, call: Any, fn: Callable[..., Any]) -> Iterator[str]:
+def _hint(key: str, **values: Any) -> Hint:
+    return Hint(key, tuple(values.items()))
+
+
+def hints(keeping: Any, program: Program | None, call: Any, fn: Callable[..., Any]) -> Iterator[Hint]:
     """Sentences for a ``Keeping`` of a ``Differentiated`` call; ``program`` is None where calls cannot be told apart."""
     least = SHARE * keeping.total
     if program is not None:
@@ -36,17 +48,13 @@ def hints(keeping: Any, program: Program | None, call: Any, fn: Callable[..., An
     yield from _checkpoint(keeping)
 
 
-def _bytes(kind: Any) -> int:
-    return kind.size * kind.dtype.itemsize
-
-
 def _kept_by(call: Call) -> int:
     """Bytes of what a call saves, an array once."""
     own = {alias or number: kind for number, (_, alias, kind) in enumerate(call.kept)}
-    return sum(map(_bytes, own.values()))
+    return nbytes(*own.values())
 
 
-def _above_minimum(program: Program, total: int) -> Iterator[str]:
+def _above_minimum(program: Program, total: int) -> Iterator[Hint]:
     """Rules that keep more than the least that any backward of theirs has to."""
     found: dict[str, list[int]] = {}
     for node in program.nodes:
@@ -62,11 +70,11 @@ def _above_minimum(program: Program, total: int) -> Iterator[str]:
             found[node.name] = [sums[0] + 1, sums[1] + kept, sums[2] + minimum]
     for name, (calls, kept, minimum) in sorted(found.items(), key=lambda item: item[1][2] - item[1][1]):
         if kept - minimum > 0.05 * total:
-            times = f" in {calls} calls" if calls > 1 else ""
-            yield f"{name} keeps {size(kept)}{times}, arguments included, where {size(minimum)} is the least for any rule."
+            several = {"calls": calls} if calls > 1 else {}
+            yield _hint("least_of_calls" if several else "least", op=name, kept=size(kept), least=size(minimum), **several)
 
 
-def _logits(program: Program, least: float) -> Iterator[str]:
+def _logits(program: Program, least: float) -> Iterator[Hint]:
     """Logits that are formed for a loss which could take the features instead."""
     makers: dict[int, Node] = {v: node for node in program.nodes for v in node.outputs}
     for node in program.nodes:
@@ -77,45 +85,37 @@ def _logits(program: Program, least: float) -> Iterator[str]:
             maker = makers.get(maker.inputs[0])
         if maker is None or maker.call is None or maker.name != "dense":
             continue
-        own = sum(_bytes(kind) for _, alias, kind in node.call.kept if alias is None)
-        kernel = _bytes(program.types[maker.inputs[1]])  # linear_cross_entropy keeps a gradient of its size
+        own = nbytes(*(kind for _, alias, kind in node.call.kept if alias is None))
+        kernel = nbytes(program.types[maker.inputs[1]])  # linear_cross_entropy keeps a gradient of its size
         if own - kernel > least:
             shape = tuple(program.types[node.inputs[0]].shape)
-            yield (
-                f"linear_cross_entropy(x, kernel, labels) in place of dense and {node.name} never forms the logits {shape}: "
-                f"it keeps {size(own - kernel)} less."
-            )
+            yield _hint("logits", loss=node.name, shape=shape, less=size(own - kernel))
 
 
-def _masks(keeping: Any, least: float) -> Iterator[str]:
+def _masks(keeping: Any, least: float) -> Iterator[Hint]:
     for row in keeping.rows:
         if row.dtype == jnp.bool_ and row.origin in ("op", "jax") and row.bytes > least:
-            who = row.op if row.origin == "op" else f"JAX, for its {row.op},"
-            bits = size(-(-row.bytes // 8))
-            yield f"{who} keeps a mask with a byte for each element, {size(row.bytes)}; in bits it would be {bits}."
+            key = "mask" if row.origin == "op" else "mask_of_jax"
+            yield _hint(key, op=row.op, kept=size(row.bytes), bits=size(-(-row.bytes // 8)))
 
 
-def _plain(keeping: Any, least: float) -> Iterator[str]:
+def _plain(keeping: Any, least: float) -> Iterator[Hint]:
     rows = [row for row in keeping.rows if row.origin == "jax" and not row.keepers]
     total = sum(row.bytes for row in rows)
     if total > least:
         largest = max(rows, key=lambda row: row.bytes)
-        yield (
-            f"{size(total)} are kept by JAX for its own operations, most of it the output of {largest.op} "
-            f"{largest.dtype}{list(largest.shape)}: an op in their place may keep less (fb.accelerate looks for some)."
-        )
+        yield _hint("plain", kept=size(total), op=largest.op, array=f"{largest.dtype}{list(largest.shape)}")
 
 
-def _narrower(keeping: Any, least: float) -> Iterator[str]:
+def _narrower(keeping: Any, least: float) -> Iterator[Hint]:
     for dtype, narrow in ((jnp.float64, "float32"), (jnp.float32, "bfloat16")):
         wide = sum(row.bytes for row in keeping.rows if row.origin in ("op", "jax") and row.dtype == dtype)
         if wide > least:
-            name = jnp.dtype(dtype).name
-            less = size(wide - wide // jnp.dtype(dtype).itemsize * jnp.dtype(narrow).itemsize)
-            yield f"{size(wide)} of activations are {name}; in {narrow} they would be {less} less (dtype= of the layers)."
+            less = wide - wide // jnp.dtype(dtype).itemsize * jnp.dtype(narrow).itemsize
+            yield _hint("narrower", kept=size(wide), dtype=jnp.dtype(dtype).name, narrow=narrow, less=size(less))
 
 
-def _transformer(keeping: Any, call: Any, fn: Any) -> Iterator[str]:
+def _transformer(keeping: Any, call: Any, fn: Any) -> Iterator[Hint]:
     """What the option ``checkpoint`` of our own transformers would do, where the function is a method of one."""
     method = fn
     while isinstance(method, functools.partial):
@@ -125,12 +125,12 @@ def _transformer(keeping: Any, call: Any, fn: Any) -> Iterator[str]:
         return
     less = call.kept(call.flat(getattr(dataclasses.replace(model, checkpoint="full"), method.__name__)))
     if less < keeping.total:
-        yield f'checkpoint="full" of the model keeps {size(less)} in all, and runs each block twice.'
+        yield _hint("blocks", kept=size(less))
 
 
-def _checkpoint(keeping: Any) -> Iterator[str]:
+def _checkpoint(keeping: Any) -> Iterator[Hint]:
     ours, _, *policies = keeping.rivals
     best = min(policies, key=lambda rival: rival.bytes)
     if best.bytes < (1 - SHARE) * ours.bytes:
-        more = f", with {best.products / ours.products:.2f} times the matrix products" if ours.products else ""
-        yield f"{best.name}, around the definitions keeps {size(best.bytes)} in all{more}."
+        more = {"times": f"{best.products / ours.products:.2f}"} if ours.products else {}
+        yield _hint("checkpoint_products" if more else "checkpoint", policy=best.policy, kept=size(best.bytes), **more)

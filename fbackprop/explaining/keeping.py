@@ -4,8 +4,7 @@ Counted on types alone: ``jax.ShapeDtypeStruct`` will do for arguments, and noth
 """
 
 import dataclasses
-import io
-import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,15 +14,14 @@ import jax.numpy as jnp
 
 from fbackprop.context import without_rules
 from fbackprop.explaining.calling import labels_of, name_of
-from fbackprop.explaining.hints import hints, size
+from fbackprop.explaining.hints import Hint, hints
 from fbackprop.explaining.program import Program, traced
 from fbackprop.explaining.residuals import Residual, residuals
+from fbackprop.explaining.words import said
 from fbackprop.measuring.flops import matmul_flops
+from fbackprop.ops._arithmetic import nbytes
 
 __all__ = ["Keeping", "Rival", "Row", "saved"]
-
-ARGUMENTS = 8
-"""Rows of arguments in a printed table."""
 
 POLICIES = (None, "dots_saveable", "dots_with_no_batch_dims_saveable")
 
@@ -48,9 +46,20 @@ class Row:
 class Rival:
     """Another way to the same gradient: bytes kept, and matrix products of forward and backward (in FLOPs)."""
 
-    name: str
+    way: str  # "rules" (these), "definitions" (their autodiff) or "checkpoint" (jax.checkpoint around the definitions)
+    policy: str | None  # of jax.checkpoint
     bytes: int
     products: int
+
+    @property
+    def name(self) -> str:
+        return self.said()
+
+    def said(self, lang: str = "en") -> str:
+        """What it is called in a language."""
+        if self.way == "checkpoint":
+            return f"jax.checkpoint, {self.policy or said('no_policy', lang)}"
+        return said(f"way_{self.way}", lang)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +73,12 @@ class Keeping:
     name: str
     rows: tuple[Row, ...]
     rivals: tuple[Rival, ...]
-    hints: tuple[str, ...]
+    advice: tuple[Hint, ...]
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """The advice in sentences."""
+        return tuple(hint.said().replace("`", "") for hint in self.advice)
 
     @property
     def total(self) -> int:
@@ -103,47 +117,44 @@ class Keeping:
 
         draw(self, pathlib.Path(path))
 
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
+    def text(self, lang: str = "en", *, width: int = 120) -> str:
+        """All of it as text; ``print`` shows the same.
 
-        table = Table(title=f"kept for the backward of {self.name}: {size(self.total)}", title_justify="left")
-        for column, justify in (
-            ("made by", "left"),
-            ("name", "left"),
-            ("kept by", "left"),
-            ("array", "left"),
-            ("bytes", "right"),
-        ):
-            table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        shown, more = _shown(self.rows)
-        for row in shown:
-            maker = row.op if row.origin == "op" else f"JAX: {row.op}" if row.origin == "jax" else row.origin
-            times = f" ×{row.times}" if row.times > 1 else ""
-            table.add_row(maker, row.name, _grouped(row.keepers), f"{row.dtype}{list(row.shape)}{times}", size(row.bytes))
-        if more:
-            table.add_row("arguments", f"{len(more)} more", "", "", size(sum(row.bytes for row in more)))
-        table.add_section()
-        for name, value in (
-            ("parameters", self.parameters), ("other arguments", self.arguments), ("for the backward alone", self.activations),
-        ):  # fmt: skip
-            table.add_row(Text(name, "bold"), "", "", "", size(value))
-        beside = Table(title="the same gradient in other ways", title_justify="left")
-        for column in ("", "kept", "matrix products"):
-            beside.add_column(column, justify="right" if column else "left")
-        least = min((r.products for r in self.rivals), default=0) or 1
-        for rival in self.rivals:
-            beside.add_row(rival.name, size(rival.bytes), f"{rival.products / least:.2f} ×" if rival.products else "")
-        hints = [Text(f"• {hint}") for hint in self.hints]
-        return Group(table, beside, *([Text("what to change", "bold"), *hints] if hints else []))
+        Args:
+          lang: "en" or "ko". width: of a line.
+        Raises:
+          ValueError: where there is no such language.
+        """
+        from fbackprop.explaining import terminal
+
+        return terminal.text(self._blocks(lang), lang, width)
+
+    def latex(self, lang: str = "en", *, file: str | os.PathLike[str] | None = None) -> str:
+        """All of it as a LaTeX document; written to ``file`` too, where one is named. Otherwise as ``text``."""
+        from fbackprop.explaining.latex import latex
+        from fbackprop.explaining.rendering import written
+
+        return written(latex(self._blocks(lang), lang), file)
+
+    def html(self, lang: str = "en", *, file: str | os.PathLike[str] | None = None) -> str:
+        """All of it as a page that needs no network; written to ``file`` too, where one is named. Otherwise as ``text``."""
+        from fbackprop.explaining.page import page
+        from fbackprop.explaining.rendering import written
+
+        return written(page(self._blocks(lang), lang), file)
+
+    def _blocks(self, lang: str) -> Any:
+        from fbackprop.explaining.presenting_keeping import keeping_blocks
+
+        return keeping_blocks(self, lang)
+
+    def __rich__(self) -> Any:
+        from fbackprop.explaining.terminal import renderable
+
+        return renderable(self._blocks("en"))
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        return self.text().rstrip()
 
 
 def saved(
@@ -177,22 +188,7 @@ def saved(
     program = call.program(fn)
     rows = _rows(residuals(call.flat(fn), call.arrays, call.others), call.labels, {} if program is None else _keepers(program))
     keeping = Keeping(name, rows, tuple(_rivals(call, fn)), ())
-    return dataclasses.replace(keeping, hints=tuple(hints(keeping, program, call, fn)))
-
-
-def _grouped(keepers: Sequence[str]) -> str:
-    """ "dense.x", "attention.key" and "attention.value" as "dense: x; attention: key, value"."""
-    found: dict[str, list[str]] = {}
-    for keeper in keepers:
-        op, name = keeper.split(".", 1)
-        found.setdefault(op, []).append(name)
-    return "; ".join(f"{op}: {', '.join(names)}" for op, names in found.items())
-
-
-def _shown(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows of a table, and those of arguments that are too many to show."""
-    arguments = [row for row in rows if row.origin in ("parameter", "argument")]
-    return [row for row in rows if row not in arguments[ARGUMENTS:]], arguments[ARGUMENTS:]
+    return dataclasses.replace(keeping, advice=tuple(hints(keeping, program, call, fn)))
 
 
 class Differentiated:
@@ -240,8 +236,7 @@ class Differentiated:
         def pullback(moved: Any, others: Any) -> Any:
             return jax.vjp(lambda moved: way(moved, others), moved)[1]
 
-        leaves = jax.tree.leaves(jax.eval_shape(pullback, self.arrays, self.others))
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        return nbytes(*jax.tree.leaves(jax.eval_shape(pullback, self.arrays, self.others)))
 
     def products(self, way: Callable[..., Any]) -> int:
         """The FLOPs of its matrix products, forward and backward."""
@@ -291,9 +286,9 @@ def _keepers(program: Program) -> dict[Any, list[str]]:
 
 def _rivals(call: Differentiated, fn: Callable[..., Any]) -> Iterator[Rival]:
     definition = call.flat(without_rules(fn))
-    ways = [("these rules", call.flat(fn)), ("autodiff of the definitions", definition)]
+    ways = [("rules", None, call.flat(fn)), ("definitions", None, definition)]
     for policy in POLICIES:
         chosen = None if policy is None else getattr(jax.checkpoint_policies, policy)
-        ways.append((f"jax.checkpoint, {policy or 'no policy'}", jax.checkpoint(definition, policy=chosen)))
-    for name, way in ways:
-        yield Rival(name, call.kept(way), call.products(way))
+        ways.append(("checkpoint", policy, jax.checkpoint(definition, policy=chosen)))
+    for way, policy, run in ways:
+        yield Rival(way, policy, call.kept(run), call.products(run))

@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from fbackprop.drawing import BLUE, FAINT, GREEN, INK, ORANGE, picture, plain
-from fbackprop.explaining.hints import size
+from fbackprop.explaining.digits import size
 
 __all__ = ["draw"]
 

@@ -20,6 +20,7 @@ from fbackprop.explaining.steps import Kept as Kept
 from fbackprop.explaining.steps import Leaf as Leaf
 from fbackprop.explaining.steps import Source as Source
 from fbackprop.explaining.steps import Step as Step
+from fbackprop.ops._arithmetic import nbytes
 
 if TYPE_CHECKING:
     from fbackprop.explaining.chains import Chain
@@ -108,7 +109,7 @@ class Explanation:
             return {name: None if place is None else value[place] for name, place in places}
 
         kept = tuple(
-            Kept(k.name, value[k.value], k.type.shape, k.type.dtype, _bytes(k.type), k.origin, k.source, k.again)
+            Kept(k.name, value[k.value], k.type.shape, k.type.dtype, nbytes(k.type), k.origin, k.source, k.again)
             for k in at.kept
         )
         return Step(
@@ -271,7 +272,3 @@ class Explanation:
 
     def __repr__(self) -> str:
         return f"Explanation of {self.name}: {len(self.structure.steps)} steps, {len(self.leaves)} arrays among the arguments"
-
-
-def _bytes(kind: Any) -> int:
-    return int(np.prod(kind.shape, dtype=np.int64)) * kind.dtype.itemsize

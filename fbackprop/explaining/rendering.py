@@ -12,7 +12,7 @@ from fbackprop.explaining.record import Explanation
 from fbackprop.explaining.words import said
 from fbackprop.files import write_atomically
 
-__all__ = ["html", "latex", "text"]
+__all__ = ["html", "latex", "text", "written"]
 
 
 def text(explanation: Explanation, lang: str, chains: Sequence[str], width: int) -> str:
@@ -24,9 +24,9 @@ def text(explanation: Explanation, lang: str, chains: Sequence[str], width: int)
 
 def latex(explanation: Explanation, lang: str, chains: Sequence[str], file: str | os.PathLike[str] | None) -> str:
     """See ``Explanation.latex``."""
-    from fbackprop.explaining.latex import latex as written
+    from fbackprop.explaining.latex import latex
 
-    return _written(written(_blocks(explanation, lang, chains), lang), file)
+    return written(latex(_blocks(explanation, lang, chains), lang), file)
 
 
 def html(explanation: Explanation, lang: str, chains: Sequence[str], file: str | os.PathLike[str] | None) -> str:
@@ -37,7 +37,7 @@ def html(explanation: Explanation, lang: str, chains: Sequence[str], file: str |
     words = said("picture_words", lang, steps=len(explanation.steps))
     first = next(i for i, block in enumerate(blocks) if isinstance(block, Heading) and block.level == 2)
     picture = (Heading(said("picture", lang)), Picture(graph_svg(explanation, lang), words))
-    return _written(page([*blocks[:first], *picture, *blocks[first:]], lang), file)
+    return written(page([*blocks[:first], *picture, *blocks[first:]], lang), file)
 
 
 def _blocks(explanation: Explanation, lang: str, chains: Sequence[str]) -> tuple[Block, ...]:
@@ -46,7 +46,8 @@ def _blocks(explanation: Explanation, lang: str, chains: Sequence[str]) -> tuple
     return (*own, *(block for place in chains for block in chain_blocks(explanation.chain(place), lang)))
 
 
-def _written(content: str, file: str | os.PathLike[str] | None) -> str:
+def written(content: str, file: str | os.PathLike[str] | None) -> str:
+    """The content, which is also in the file, where one is named."""
     if file is not None:
         write_atomically(pathlib.Path(file), content.encode())
     return content

@@ -8,7 +8,6 @@ argument or the operation of JAX that it comes from.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.extend.core import Literal
 
 from fbackprop import context
 from fbackprop.explaining.program import inside, scan_counts
+from fbackprop.ops._arithmetic import nbytes
 from fbackprop.rules import RULES, Rule, _differentiable, _halves
 
 __all__ = ["Residual", "residuals"]
@@ -39,7 +39,7 @@ class Residual:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return nbytes(self)
 
 
 def residuals(fn: Callable[..., Any], moved: Sequence[Any], others: Sequence[Any]) -> list[Residual]:

@@ -102,17 +102,68 @@ WORDS: dict[str, tuple[str, str]] = {
     "column_label": ("kind", "구분"),
     "keeping_title": ("Bytes that {name} keeps for its backward pass", "{name}: 역전파를 위해 보관하는 바이트"),
     "keeping_about": (
-        "{total} in all, each array once: {given} are parameters and arguments, which exist anyway; {own} exist for the "
-        "backward pass alone.",
-        "모두 {total}이며 각 배열은 한 번만 센다. {given}는 어차피 있는 매개변수와 인자이고, {own}는 역전파만을 위한 것이다.",
+        "{total} in all, each array once. Parameters and other arguments exist anyway: {parameters} and {arguments}. For the "
+        "backward pass alone: {own}.",
+        "모두 {total}, 각 배열은 한 번만 센다. 어차피 있는 매개변수: {parameters}, 다른 인자: {arguments}. 역전파만을 위한 양: "
+        "{own}.",
     ),
     "keeping_rivals": ("The same gradient in other ways", "같은 기울기를 구하는 다른 방법"),
     "keeping_rivals_about": (
         "Matrix products of forward and backward together, the least as 1.",
         "행렬곱: 순전파와 역전파를 합친 연산량이며, 가장 적은 방법을 1로 한다.",
     ),
+    "way_rules": ("these rules", "이 규칙"),
+    "way_definitions": ("autodiff of the definitions", "정의의 자동 미분"),
+    "no_policy": ("no policy", "정책 없음"),
+    "keeping_hints": ("What to change", "바꿀 수 있는 것"),
+    "hint_least": (
+        "{op} keeps {kept}, arguments included, where {least} is the least for any rule.",
+        "{op}: 인자를 포함해 {kept} 보관. 어떤 규칙에든 필요한 최소량은 {least}.",
+    ),
+    "hint_least_of_calls": (
+        "{op} keeps {kept} in {calls} calls, arguments included, where {least} is the least for any rule.",
+        "{op}: 호출 {calls}회에서 인자를 포함해 {kept} 보관. 어떤 규칙에든 필요한 최소량은 {least}.",
+    ),
+    "hint_logits": (
+        "`linear_cross_entropy(x, kernel, labels)` in place of dense and {loss} never forms the logits {shape}: it keeps "
+        "{less} less.",
+        "dense와 {loss} 대신 `linear_cross_entropy(x, kernel, labels)`를 쓰면 로짓 {shape} 배열을 만들지 않아 {less} 덜 "
+        "보관한다.",
+    ),
+    "hint_mask": (
+        "{op} keeps a mask with a byte for each element, {kept}; in bits it would be {bits}.",
+        "{op}: 원소마다 1바이트인 마스크 {kept} 보관. 비트로 저장하면 {bits}.",
+    ),
+    "hint_mask_of_jax": (
+        "JAX, for its {op}, keeps a mask with a byte for each element, {kept}; in bits it would be {bits}.",
+        "JAX 연산 {op}: 원소마다 1바이트인 마스크 {kept} 보관. 비트로 저장하면 {bits}.",
+    ),
+    "hint_plain": (
+        "{kept} are kept by JAX for its own operations, most of it the output of {op} {array}: an op in their place may keep "
+        "less (`fb.accelerate` looks for some).",
+        "JAX가 자신의 연산을 위해 보관하는 양: {kept}. 가장 큰 것은 {op}의 출력 {array}. 그 자리에 이 라이브러리의 연산을 쓰면 "
+        "덜 보관할 수 있다(`fb.accelerate`가 바꿀 곳을 찾아 준다).",
+    ),
+    "hint_narrower": (
+        "{kept} of activations are {dtype}; in {narrow} they would be {less} less (`dtype=` of the layers).",
+        "활성값 {kept}의 자료형은 {dtype}. {narrow} 자료형으로 계산하면 {less} 줄어든다(층의 `dtype=`).",
+    ),
+    "hint_blocks": (
+        '`checkpoint="full"` of the model keeps {kept} in all, and runs each block twice.',
+        '모델의 `checkpoint="full"`: 모두 {kept} 보관하고 블록마다 두 번 실행한다.',
+    ),
+    "hint_checkpoint": (
+        "jax.checkpoint, {policy}, around the definitions keeps {kept} in all.",
+        "정의를 jax.checkpoint({policy})로 감싸면 모두 {kept} 보관한다.",
+    ),
+    "hint_checkpoint_products": (
+        "jax.checkpoint, {policy}, around the definitions keeps {kept} in all, with {times} times the matrix products.",
+        "정의를 jax.checkpoint({policy})로 감싸면 모두 {kept} 보관하고, 행렬곱 연산량은 {times}배가 된다.",
+    ),
     "column_maker": ("made by", "만든 연산"),
-    "column_times": ("times", "개수"),
+    "column_keepers": ("kept by", "보관하는 연산"),
+    "column_array": ("array", "배열"),
+    "more": ("{count} more", "그 밖의 {count}개"),
     "column_way": ("way", "방법"),
     "column_size": ("size", "크기"),
     "column_products": ("matrix products", "행렬곱"),

@@ -1,11 +1,12 @@
 """Bytes kept for the backward, counted without running anything."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from fbackprop.ops._arithmetic import nbytes
 
 __all__ = ["saved_bytes"]
 
@@ -31,4 +32,4 @@ def saved_bytes(fn: Callable[..., Any], *args: Any) -> int:
         return jax.vjp(of, *moved)[1]
 
     kept = jax.eval_shape(pullback, *(args[i] for i in moving))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    return nbytes(*jax.tree.leaves(kept))

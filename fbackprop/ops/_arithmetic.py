@@ -70,8 +70,8 @@ def varying_like(tree: Any, *others: Any) -> Any:
 
 
 def nbytes(*arrays: Any) -> int:
-    """Bytes of arrays, or of jax.ShapeDtypeStruct; None has none. For the formula of what a backward has to keep."""
-    return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in arrays if a is not None)
+    """Bytes of arrays, or of whatever has a shape and a dtype as they have; None has none."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays if a is not None)
 
 
 def batched(array: jax.Array, keep: int) -> jax.Array:
