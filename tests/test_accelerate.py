@@ -349,6 +349,18 @@ def equinox_rnn(cell):
     return lambda m, x: jax.vmap(m)(x), OverTime(cell(2, 4, key=KEY)), normal(3, 5, 2)
 
 
+def haiku_rnn(name, **options):
+    hk = pytest.importorskip("haiku")
+    x, first = normal(3, 5, 2), normal(5 if options.get("time_major", True) else 3, 4)
+
+    def unrolled(x, first):
+        state = hk.LSTMState(first, first + 1) if name == "LSTM" else first
+        return hk.dynamic_unroll(getattr(hk, name)(4), x, state, **options)
+
+    model = hk.without_apply_rng(hk.transform(unrolled))
+    return model.apply, model.init(KEY, x, first), x, first
+
+
 def forgetful(w, x, how=lambda f, c: f * c):
     """An LSTM in plain JAX, gates in the order f, o, i, g, with a forget bias."""
 
@@ -372,9 +384,15 @@ def forgetful(w, x, how=lambda f, c: f * c):
         (functools.partial(equinox_rnn, eqx.nn.LSTMCell), "lstm"),
         pytest.param(functools.partial(equinox_rnn, eqx.nn.GRUCell), "gru", marks=slow),
         (lambda: (forgetful, normal(6, 16), normal(5, 3, 2)), "lstm"),
+        (functools.partial(haiku_rnn, "GRU"), "gru"),
+        (functools.partial(haiku_rnn, "GRU", time_major=False, reverse=True), "gru"),
+        (functools.partial(haiku_rnn, "LSTM", time_major=False, reverse=True), "lstm"),
     ],
-    ids=["flax, reversed", "flax, optimized", "flax gru", "equinox", "equinox gru", "plain"],
-)
+    ids=[
+        "flax, reversed", "flax, optimized", "flax gru", "equinox", "equinox gru", "plain", "haiku gru", "haiku gru, reversed",
+        "haiku lstm",
+    ],
+)  # fmt: skip
 def test_recurrence(made, op):
     check(*made(), ops=[op])
 
@@ -387,6 +405,31 @@ def test_other_cells_are_left_alone():
         return forgetful(w, x, peephole)
 
     assert ops_of(fn, normal(6, 16), normal(5, 3, 2)) == []
+
+
+def reset(w, x, scale=lambda r, h: r * h, keep=lambda z, h: (1 - z) * h):
+    """A GRU in plain JAX with the reset gate before the product."""
+
+    def step(h, x):
+        r, z = jnp.split(jax.nn.sigmoid(jnp.dot(jnp.concatenate([x, h], -1), w[:, :8])), 2, -1)
+        n = jnp.tanh(jnp.dot(jnp.concatenate([x, scale(r, h)], -1), w[:, 8:]))
+        h = keep(z, h) + z * n
+        return h, h
+
+    return jax.lax.scan(step, jnp.ones((3, 4)) / 2, x)
+
+
+def test_a_reset_gate_before_the_product():
+    w, x = normal(6, 12), normal(5, 3, 2)
+    check(reset, w, x, ops=["gru"])
+    for other in (
+        functools.partial(reset, scale=lambda r, h: r * h * h),
+        functools.partial(reset, scale=lambda r, h: jax.lax.stop_gradient(r) * h),
+        functools.partial(reset, scale=lambda r, h: jnp.tanh(r) * h),
+        functools.partial(reset, keep=lambda z, h: h),
+        functools.partial(reset, keep=lambda z, h: z * h),
+    ):
+        assert ops_of(other, w, x) == []
 
 
 def test_recurrence_with_lengths_of_flax():

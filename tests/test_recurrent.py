@@ -88,9 +88,36 @@ def test_values_and_gradients_are_those_of_flax(name, options):
     close(*both(params, X))
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_gru_with_the_reset_gate_before_the_matmul_is_that_of_haiku():
+    hk = pytest.importorskip("haiku")
+    model = hk.without_apply_rng(hk.transform(lambda x, h: hk.dynamic_unroll(hk.GRU(HIDDEN), x, h, reverse=True)))
+    first = jax.random.normal(jax.random.key(2), (BATCH, HIDDEN))
+    params = model.init(jax.random.key(1), X, first)
+    params = {"gru": params["gru"] | {"b": jax.random.normal(jax.random.key(3), (3 * HIDDEN,)) / 4}}
+
+    def ours(params, x, first):
+        def order(w):  # Haiku: z, r, n, and z is the share of n
+            z, r, n = jnp.split(w, 3, -1)
+            return jnp.concatenate([r, -z, n], -1)
+
+        p = params["gru"]
+        return fb.gru(x, *map(order, (p["w_i"], p["w_h"], p["b"])), first, reset_after=False, reverse=True)
+
+    @jax.jit
+    def both(*args):
+        def one(fn):
+            y, pullback = jax.vjp(fn, *args)
+            return y, pullback(jax.tree.map(jnp.cos, y))
+
+        return one(ours), one(model.apply)
+
+    close(*both(params, X, first))
+
+
+@pytest.mark.parametrize("name", [*ARGUMENTS, "gru, reset before"])
 def test_segments_change_nothing_but_what_is_kept(name):
-    lengths, op = jnp.array([0, 6, 4]), getattr(fb, name)
+    lengths, (name, *before) = jnp.array([0, 6, 4]), name.split(", ")
+    op = functools.partial(getattr(fb, name), **({"reset_after": False} if before else {}))
 
     def run(segments, reverse):
         def of(*args):
@@ -198,6 +225,10 @@ W4, W3, W1 = ARGUMENTS["lstm"], ARGUMENTS["gru"], ARGUMENTS["rnn"]
         (lambda: fb.gru(X, *W4), ValueError, "gru: kernel has 20 columns, expected 15"),
         (lambda: fb.gru(X, W3[0], W3[1], W1[2]), ValueError, "gru: bias has shape (5,), expected (15,)"),
         (lambda: fb.gru(X, *W3, recurrent_bias=W3[2]), ValueError, "gru: recurrent_bias has shape (15,), expected (5,)"),
+        (
+            lambda: fb.gru(X, *W3, recurrent_bias=W1[2], reset_after=False), ValueError,
+            "gru: recurrent_bias stands inside of the reset gate",
+        ),
         (lambda: fb.rnn(X, *W1, X[0]), ValueError, "rnn: carry has shape (3, 4), expected (3, 5)"),
         (lambda: fb.lstm(X, *W4, X[0]), ValueError, "lstm: carry must be (c, h)"),
         (lambda: fb.lstm(X, *W4, (X[0],)), ValueError, "lstm: carry must be (c, h)"),

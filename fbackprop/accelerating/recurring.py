@@ -1,9 +1,9 @@
 """Finds recurrent networks: scans whose body is a cell of ``fb.lstm`` or ``fb.gru``.
 
-The gates of a cell are a nonlinearity of something affine in the step's input x and the state h. ``_Body`` runs a body with
-such values written as x · X + h · H + b, so that products, sums, slices, concatenations and forget biases, in whatever order a
-library has them, end in three arrays a gate. Those are laid side by side as our ops want them; which gate is which is tried,
-and one step of the result is proved against the body.
+The gates of a cell are a nonlinearity of something affine in the step's input x and the state h, or a gate times h. ``_Body``
+runs a body with such values written as x · X + h · H + (gate · h) · R + b, so that products, sums, slices, concatenations and
+forget biases, in whatever order a library has them, end in a few arrays a gate. Those are laid side by side as our ops want
+them; which gate is which is tried, and one step of the result is proved against the body.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ __all__ = ["recurrences"]
 
 @dataclasses.dataclass(frozen=True)
 class _Affine:
-    """x · parts["x"] + h · parts["h"] + parts["b"], each missing where it is 0. Features lie along ``axis`` of two."""
+    """x · parts["x"] + h · parts["h"] + (r · h) · parts["r"] + parts["b"], each missing where it is 0, with a gate r. Features
+    lie along ``axis`` of two."""
 
     parts: dict[str, Any]
     axis: int = 1
@@ -35,7 +36,7 @@ class _Affine:
 
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """The input or the state itself, or several side by side: names and widths."""
+    """The input x, the state h or a gate times it, r, or several side by side: names and widths."""
 
     pieces: tuple[tuple[str, int], ...]
 
@@ -142,17 +143,26 @@ def _call(body: Program, fixed: int, guess: _Guess, reverse: bool, ys: int, *arg
         h, (c, last) = ops.lstm(xs, kernel, recurrent, side_by_side(gates, "b", 0), before, reverse=reverse)
         news = (last, c) if guess.hidden == 0 else (c, last)
         return (*news, *[h] * ys)
-    if len(run.sigmoids) != 2 or len(run.gated) != 1 or run.gated[0].added is None:
+    if len(run.sigmoids) != 2:
         raise ValueError("not the gates of a GRU")
     r, z = sigmoids
-    new, scaled = run.gated[0].added, run.gated[0].scaled
-    if "x" in scaled.parts or "h" in new.parts:
-        raise ValueError("the reset gate does not stand behind the product of h")
     z = z.each(jnp.negative) if guess.flipped else z
+    inner = None
+    if len(run.gated) == 1 and run.gated[0].added is not None:  # the reset gate behind the product of h
+        new, scaled = run.gated[0].added, run.gated[0].scaled
+        new_recurrent, inner = side_by_side([scaled], "h", width), side_by_side([scaled], "b", 0)
+        if "x" in scaled.parts or "h" in new.parts:
+            raise ValueError("something else stands in the reset gate")
+    elif len(run.tanhs) == 1 and "r" in run.tanhs[0].inside.parts:  # before it
+        new = run.tanhs[0].inside
+        new_recurrent = side_by_side([new], "r", width)
+    else:
+        raise ValueError("not the gates of a GRU")
     kernel, bias = (side_by_side([r, z, new], part, rows) for part, rows in (("x", features), ("b", 0)))
-    recurrent = side_by_side([r, z, scaled], "h", width)
-    inner = side_by_side([scaled], "b", 0)
-    h, last = ops.gru(xs, kernel, recurrent, bias, hidden, recurrent_bias=inner, reverse=reverse)
+    recurrent = jnp.concatenate([side_by_side([r, z], "h", width), new_recurrent], -1)
+    h, last = ops.gru(
+        xs, kernel, recurrent, bias, hidden, recurrent_bias=inner, reverse=reverse, reset_after=inner is not None
+    )  # fmt: skip
     return (last, *[h] * ys)
 
 
@@ -195,8 +205,8 @@ class _Body:
         self.tanhs = [g for g in gates.values() if g.kind == "tanh"]
 
     def _is_one(self, gate: _Gate) -> bool:
-        widths = {jnp.shape(v)[-1] for k, v in gate.inside.parts.items() if k in ("x", "h")}
-        return widths == {self._width} and "h" in gate.inside.parts
+        widths = {jnp.shape(v)[-1] for k, v in gate.inside.parts.items() if k != "b"}
+        return widths == {self._width} and bool({"h", "r"} & gate.inside.parts.keys())
 
     def _read(self, value: Value) -> Any:
         return self._known.get(id(value), value.constant)
@@ -239,7 +249,11 @@ class _Body:
     def _scaled(a: Any, b: Any) -> Any:
         if isinstance(b, _Gate):
             a, b = b, a
-        return _Gated(a, b) if isinstance(a, _Gate) and a.kind == "logistic" and isinstance(b, _Affine) else None
+        if not isinstance(a, _Gate) or a.kind != "logistic":
+            return None
+        if isinstance(b, _State) and [name for name, _ in b.pieces] == ["h"]:
+            return _State((("r", b.pieces[0][1]),))
+        return _Gated(a, b) if isinstance(b, _Affine) else None
 
 
 def _product(p: dict[str, Any], a: Any, b: Any) -> _Affine | None:

@@ -7,6 +7,8 @@ after it, with the steps as rows,
 
     dx = da Wᵀ     dW = xᵀ da     db = Σ da     dU = Σ h_{t−1}ᵀ du_t
 
+Where a cell has ``reset``, the last columns of U multiply r_t · h_{t−1} instead: a second, small matmul in each step.
+
 In segments the same loops run over one part of the sequence after the other, the last first; each is run forward once more
 from the carry that it started with.
 """
@@ -27,14 +29,17 @@ class Cell(NamedTuple):
 
     # (a, u, carry) -> (carry, kept)
     step: Callable[[jax.Array, jax.Array, Carry], tuple[Carry, Any]]
-    # (what a step back reads, dcarry with all of dh_t) -> (da, du, what of dcarry the step before gets without a matmul)
-    back: Callable[[Any, Carry], tuple[jax.Array, jax.Array, Carry]]
+    # (what a step back reads, dcarry with all of dh_t) -> (da, du, what of dcarry the step before gets without a matmul); with
+    # ``reset`` a third argument, which takes the cotangent of the last columns' sum to that of r · h
+    back: Callable[..., tuple[jax.Array, jax.Array, Carry]]
     # (kept, h, h one step before), of all steps -> what the steps back read, of all steps
     reads: Callable[[Any, Any, jax.Array], Any]
     # (kept, da) of all steps -> du of all steps
     recurrent: Callable[[Any, jax.Array], jax.Array] = lambda kept, da: da
     # kept of all steps -> h of all steps; None: h itself is kept
     hidden: Callable[[Any], jax.Array] | None = None
+    # (a, u without its last H columns) -> r, where these columns of U multiply r · h and not h. Kept then has a field r.
+    reset: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     # the fields of kept that have the dtype of the result. Others are wide: 1 − s and 1 − tanh² of a rounded s or tanh near
     # 1 say nothing.
     narrow: tuple[str, ...] = ()
@@ -59,6 +64,7 @@ def forward_steps(
     """h of all steps, the last carry, and what is kept of all steps (nothing unless ``keep``)."""
     dtype = carry[-1].dtype
     kernel, recurrent_kernel = (w.astype(dtype) for w in weights[:2])
+    of_h, of_reset = _columns(cell, recurrent_kernel)
 
     recurrent_bias = weights.recurrent_bias
     if recurrent_bias is not None:
@@ -70,8 +76,12 @@ def forward_steps(
     def loop(project_before: bool) -> Any:
         def step(carry: Carry, inputs: Any) -> tuple[Carry, Any]:
             own, valid = inputs
-            u = add_row(matmul(carry[-1], recurrent_kernel), recurrent_bias)
-            new, kept = cell.step(own if project_before else project(own), u, _wide(carry))
+            a = own if project_before else project(own)
+            u = add_row(matmul(carry[-1], of_h), recurrent_bias)
+            if cell.reset is not None:
+                scaled = cell.reset(a, u) * wide(carry[-1])
+                u = jnp.concatenate([u, matmul(scaled.astype(dtype), of_reset)], -1)
+            new, kept = cell.step(a, u, _wide(carry))
             new = tuple(v.astype(dtype) for v in new)
             if cell.narrow:
                 kept = kept._replace(**{name: getattr(kept, name).astype(dtype) for name in cell.narrow})
@@ -106,13 +116,17 @@ def backward_steps(
         h = where(valid, h, jnp.zeros_like(h))
     assert h is not None
     before = _before(h, first, valid, reverse)
-    transposed = recurrent_kernel.T
+    of_h, of_reset = (w.T for w in _columns(cell, recurrent_kernel))
+    columns = of_h.shape[0]
+
+    def to_reset(du: jax.Array) -> jax.Array:
+        return matmul(du.astype(dtype), of_reset)
 
     def step(dcarry: Carry, inputs: Any) -> tuple[Carry, jax.Array]:
         read, dh, valid = inputs
         total = (*dcarry[:-1], dcarry[-1] + where(valid, dh, jnp.zeros_like(dh)))
-        da, du, (*direct, dh_direct) = cell.back(_wide(read), total)
-        previous = (*direct, dh_direct + matmul(du.astype(dtype), transposed))
+        da, du, (*direct, dh_direct) = cell.back(_wide(read), total, *(() if cell.reset is None else (to_reset,)))
+        previous = (*direct, dh_direct + matmul(du[..., :columns].astype(dtype), of_h))
         return where(valid, previous, dcarry), where(valid, da, jnp.zeros_like(da)).astype(dtype)
 
     dcarry, da = jax.lax.scan(step, _wide(dcarry), (cell.reads(kept, h, before), wide(dh), valid), reverse=not reverse)
@@ -120,8 +134,19 @@ def backward_steps(
     du = where(valid, du, jnp.zeros_like(du))
     x = finite(where(valid, x, jnp.zeros_like(x)).astype(dtype))
     dx = matmul(da, kernel.T)
-    dweights = Weights(_rows_product(x, da), _rows_product(before, du), _rows_sum(da), _rows_sum(du))
+    drecurrent = _rows_product(before, du[..., :columns])
+    if cell.reset is not None:
+        r = where(valid, kept.r, jnp.zeros_like(kept.r))
+        scaled = (wide(r) * wide(before)).astype(dtype)
+        drecurrent = jnp.concatenate([drecurrent, _rows_product(scaled, du[..., columns:])], -1)
+    dweights = Weights(_rows_product(x, da), drecurrent, _rows_sum(da), _rows_sum(du))
     return dx, dweights, dcarry
+
+
+def _columns(cell: Cell, recurrent_kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Those that multiply h, and those that multiply r · h."""
+    at = recurrent_kernel.shape[1] - (0 if cell.reset is None else recurrent_kernel.shape[0])
+    return recurrent_kernel[:, :at], recurrent_kernel[:, at:]
 
 
 def _rows_product(a: jax.Array, b: jax.Array) -> jax.Array:
