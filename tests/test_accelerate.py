@@ -263,6 +263,20 @@ def test_attention_of_flax():
     check(fn, module.init(KEY, x), x, seen, ops=ATTENTION, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("broadcast", [True, pytest.param(False, marks=slow)])
+def test_attention_with_dropout_is_left(broadcast):
+    """The same module without randomness is found."""
+    module = nn.MultiHeadDotProductAttention(num_heads=2, dropout_rate=0.3, broadcast_dropout=broadcast)
+    x = normal(2, 6, 8)
+    variables = module.init(KEY, x, deterministic=True)
+
+    def fn(x, deterministic):
+        return module.apply(variables, x, deterministic=deterministic, rngs={"dropout": KEY})
+
+    assert ops_of(functools.partial(fn, deterministic=True), x) == ATTENTION
+    assert ops_of(functools.partial(fn, deterministic=False), x) == []
+
+
 def capped(q, k, v, squash=jnp.tanh):
     z = jnp.einsum("bqhd,bkhd->bhqk", q, k) * 0.3
     z = 20.0 * squash(z / 20)

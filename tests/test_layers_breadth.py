@@ -65,6 +65,8 @@ CASES = [
         (2, 5, 6),
         nn.MultiHeadDotProductAttention(2, qkv_features=8, out_features=3, use_bias=False),
     ),
+    Case(layers.MultiHeadAttention(2, normalize_qk=True), (2, 5, 16), nn.MultiHeadDotProductAttention(2, normalize_qk=True)),
+    Case(layers.MultiHeadAttention(2, dropout_rate=0.5), (2, 5, 6), train=True),
     Case(layers.MultiHeadAttention(4, num_kv_heads=2, is_causal=True, rope_base=1e4, soft_cap=5.0), (2, 5, 16)),
     Case(layers.Rnn(4, activation="relu", reverse=True), STEPS),
     Case(layers.Rnn(4), STEPS, options={"lengths": jnp.array([3, 5])}),

@@ -29,11 +29,17 @@ def elsewhere():
 
 ELSEWHERE = elsewhere()
 
-# Keyword-only arguments of ours, after theirs, that are None where nobody gives them.
+# Keyword-only arguments of ours, after theirs, with what they are where nobody gives them.
 ADDED = {
-    "avg_pool": ["window_dilation"],
-    "dot_product_attention": ["segment_ids", "soft_cap"],
-    "max_pool": ["window_dilation"],
+    "avg_pool": {"window_dilation": None},
+    "dot_product_attention": {
+        "segment_ids": None,
+        "soft_cap": None,
+        "dropout_rate": 0.0,
+        "dropout_key": None,
+        "broadcast_dropout": True,
+    },
+    "max_pool": {"window_dilation": None},
 }
 
 # Arguments of ours with a default where theirs have none.
@@ -43,9 +49,10 @@ OPTIONAL = {"pool": {"strides": None, "padding": "VALID"}}
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))
 def test_signatures_are_those_of_the_library_that_a_function_is_known_from(name):
     ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (getattr(fb, name), ELSEWHERE[name]))
-    if extra := ADDED.get(name, []):
+    if extra := ADDED.get(name, {}):
         ours, added = ours[: -len(extra)], ours[-len(extra) :]
-        assert [(p.name, p.kind, p.default) for p in added] == [(n, inspect.Parameter.KEYWORD_ONLY, None) for n in extra]
+        assert [(p.name, p.default) for p in added] == list(extra.items())
+        assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in added)
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     for a, b in zip(ours, theirs, strict=True):
         assert a.name == b.name

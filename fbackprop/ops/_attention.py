@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from fbackprop.ops._arithmetic import shapes
 
-_WHO = "dot_product_attention"
+WHO = "dot_product_attention"
 
 Window = int | tuple[int, int] | None
 
@@ -22,6 +22,7 @@ class Options(NamedTuple):
     left: int | None  # how many keys before its own position a query sees; None for all
     right: int | None  # and after it: 0 where attention is causal
     groups: int  # query heads to a key head
+    rate: float  # of dropout
 
 
 class Inputs(NamedTuple):
@@ -37,12 +38,13 @@ class Inputs(NamedTuple):
     key_lengths: jax.Array | None  # [b]
     query_ids: jax.Array | None  # [b, t]
     key_ids: jax.Array | None  # [b, s]
+    rows: jax.Array | None = None  # [2, b, k, t, g], the words of dropout; an axis is 1 where they are shared
 
 
 # The axes: batch, query, head of keys, group of query heads that share it, key (source), feature. Logits are [b, k, t, g, s]
 # in this order because a block of queries with one head of keys, [t, g, h], then is a matrix as it lies in memory.
-QUERIES, KEYS, LOGITS, ROWS = "btkgh", "bskh", "bktgs", "bktg"
-INPUTS = (QUERIES, KEYS, KEYS, LOGITS, LOGITS, "b", "b", "bt", "bs")
+QUERIES, KEYS, LOGITS, ROWS, WORDS = "btkgh", "bskh", "bktgs", "bktg", "2bktg"
+INPUTS = (QUERIES, KEYS, KEYS, LOGITS, LOGITS, "b", "b", "bt", "bs", WORDS)
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 
@@ -68,34 +70,34 @@ def check_arguments(
     dtypes = {name: jnp.result_type(a) for name, a in named.items()}
     if len(set(dtypes.values())) > 1 or not jnp.issubdtype(dtypes["query"], jnp.floating):
         told = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise TypeError(f"{_WHO}: query, key and value must be of one floating-point dtype, got {told}.")
+        raise TypeError(f"{WHO}: query, key and value must be of one floating-point dtype, got {told}.")
     if jnp.ndim(query) not in (3, 4) or not jnp.ndim(query) == jnp.ndim(key) == jnp.ndim(value):
-        raise ValueError(f"{_WHO}: query, key and value are [B, T, N, H], or [T, N, H] without a batch; got {given}.")
+        raise ValueError(f"{WHO}: query, key and value are [B, T, N, H], or [T, N, H] without a batch; got {given}.")
     if jnp.shape(key) != jnp.shape(value):
-        raise ValueError(f"{_WHO}: key and value must have one shape, got {given}.")
+        raise ValueError(f"{WHO}: key and value must have one shape, got {given}.")
     if 0 in (*jnp.shape(query), *jnp.shape(key)):
-        raise ValueError(f"{_WHO}: no axis may have length 0, got {given}.")
+        raise ValueError(f"{WHO}: no axis may have length 0, got {given}.")
     (b, t, n, h), (kb, s, kn, kh) = (shape if len(shape) == 4 else (1, *shape) for shape in (jnp.shape(query), jnp.shape(key)))
     if b != kb:
-        raise ValueError(f"{_WHO}: query is a batch of {b}, key and value of {kb} ({given}).")
+        raise ValueError(f"{WHO}: query is a batch of {b}, key and value of {kb} ({given}).")
     if h != kh:
-        raise ValueError(f"{_WHO}: a query has {h} features, a key {kh} ({given}).")
+        raise ValueError(f"{WHO}: a query has {h} features, a key {kh} ({given}).")
     if n % kn:
-        raise ValueError(f"{_WHO}: {n} query heads do not divide over {kn} heads of keys and values ({given}).")
+        raise ValueError(f"{WHO}: {n} query heads do not divide over {kn} heads of keys and values ({given}).")
     full = (b, n, t, s)
     for name, array in (("bias", bias), ("mask", mask)):
         own = jnp.shape(array) if array is not None else ()
         if len(own) > 4 or any(a not in (1, f) for a, f in zip(reversed(own), reversed(full))):
-            raise ValueError(f"{_WHO}: {name} must broadcast to [B, N, T, S] = {full}, got {own}.")
+            raise ValueError(f"{WHO}: {name} must broadcast to [B, N, T, S] = {full}, got {own}.")
     if bias is not None and not jnp.issubdtype(jnp.result_type(bias), jnp.floating):
-        raise TypeError(f"{_WHO}: bias must be of a floating-point dtype, got {jnp.result_type(bias)}; booleans go to mask.")
+        raise TypeError(f"{WHO}: bias must be of a floating-point dtype, got {jnp.result_type(bias)}; booleans go to mask.")
     if mask is not None and jnp.result_type(mask) != jnp.bool_:
-        raise TypeError(f"{_WHO}: mask must be boolean, True where a query may see a key; got {jnp.result_type(mask)}.")
+        raise TypeError(f"{WHO}: mask must be boolean, True where a query may see a key; got {jnp.result_type(mask)}.")
     for name, array in (("query_seq_lengths", query_seq_lengths), ("key_value_seq_lengths", key_value_seq_lengths)):
         _check_integers(name, array, (b,), "[B]")
     ids = _pair(segment_ids)
     if ids[1] is ids[0] and ids[0] is not None and t != s:
-        raise ValueError(f"{_WHO}: with {t} queries and {s} keys segment_ids is a pair, (those of queries, those of keys).")
+        raise ValueError(f"{WHO}: with {t} queries and {s} keys segment_ids is a pair, (those of queries, those of keys).")
     batch = jnp.shape(query)[:-3]
     for name, array, length in (("queries", ids[0], t), ("keys", ids[1], s)):
         _check_integers(f"segment_ids of {name}", array, (*batch, length), "[B, T]" if batch else "[T]")
@@ -106,24 +108,24 @@ def _check_integers(name: str, array: ArrayLike | None, expected: tuple[int, ...
     if array is None:
         return
     if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
-        raise TypeError(f"{_WHO}: {name} must be integers, got {jnp.result_type(array)}.")
+        raise TypeError(f"{WHO}: {name} must be integers, got {jnp.result_type(array)}.")
     if jnp.shape(array) != expected:
-        raise ValueError(f"{_WHO}: {name} must be {axes}, here {expected}; got {jnp.shape(array)}.")
+        raise ValueError(f"{WHO}: {name} must be {axes}, here {expected}; got {jnp.shape(array)}.")
 
 
 def _check_options(scale: Any, is_causal: Any, local_window_size: Any, implementation: Any, soft_cap: Any) -> None:
     if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{_WHO}: scale must be a finite number, got {scale}.")
+        raise ValueError(f"{WHO}: scale must be a finite number, got {scale}.")
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
-        raise ValueError(f"{_WHO}: soft_cap must be a positive number or None, got {soft_cap}.")
+        raise ValueError(f"{WHO}: soft_cap must be a positive number or None, got {soft_cap}.")
     if not isinstance(is_causal, bool):
-        raise TypeError(f"{_WHO}: is_causal must be True or False, got {is_causal!r}.")
+        raise TypeError(f"{WHO}: is_causal must be True or False, got {is_causal!r}.")
     sides = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
     whole = all(isinstance(side, int) and not isinstance(side, bool) and side >= 0 for side in sides)
     if local_window_size is not None and not (whole and len(sides) == 2):
-        raise ValueError(f"{_WHO}: local_window_size is a number of keys or (left, right), got {local_window_size}.")
+        raise ValueError(f"{WHO}: local_window_size is a number of keys or (left, right), got {local_window_size}.")
     if implementation not in (None, "xla", "cudnn"):
-        raise ValueError(f"{_WHO}: implementation must be None, 'xla' or 'cudnn', got {implementation!r}.")
+        raise ValueError(f"{WHO}: implementation must be None, 'xla' or 'cudnn', got {implementation!r}.")
 
 
 # ---------------------------------------------------------------------------------------------------------- in one form
@@ -133,15 +135,18 @@ def _pair(segment_ids: Any) -> tuple[Any, Any]:
     if not isinstance(segment_ids, (tuple, list)):
         return segment_ids, segment_ids
     if len(segment_ids) != 2:
-        raise ValueError(f"{_WHO}: segment_ids is an array, or a pair for queries and keys; got {len(segment_ids)}.")
+        raise ValueError(f"{WHO}: segment_ids is an array, or a pair for queries and keys; got {len(segment_ids)}.")
     return segment_ids[0], segment_ids[1]
 
 
-def options_of(query: ArrayLike, key: ArrayLike, scale: Any, is_causal: bool, window: Window, soft_cap: Any) -> Options:
+def options_of(
+    query: ArrayLike, key: ArrayLike, scale: Any, is_causal: bool, window: Window, soft_cap: Any, rate: float = 0.0
+) -> Options:
     left, right = window if isinstance(window, tuple) else (window, window)
     groups = jnp.shape(query)[-2] // jnp.shape(key)[-2]
     chosen = jnp.shape(query)[-1] ** -0.5 if scale is None else float(scale)
-    return Options(chosen, None if soft_cap is None else float(soft_cap), left, 0 if is_causal else right, groups)
+    cap = None if soft_cap is None else float(soft_cap)
+    return Options(chosen, cap, left, 0 if is_causal else right, groups, float(rate))
 
 
 def inputs_of(

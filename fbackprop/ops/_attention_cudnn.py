@@ -47,6 +47,8 @@ def refusal(
     others = {"bias": bias, "mask": mask, "segment_ids": segment_ids, "soft_cap": options.soft_cap}
     if given := [name for name, value in others.items() if value is not None]:
         return f"is not used with {given[0]}"
+    if options.rate:
+        return "is not used with dropout_rate"
     if return_residual:
         return "is not used with return_residual, whose cotangent it would drop"
     windowed = options.left is not None or options.right not in (None, 0)

@@ -16,6 +16,14 @@ With dp = do vᵀ, the cotangent of the weights, and D = Σ p dp for each query:
 
 Derivation: of a softmax row, ∂p_j/∂z_i = p_j (δ_ij − p_i), so dz = p dp − p Σ p dp; and ∂lse/∂z = p.
 
+Dropout puts a constant between weights and values, M = 1 / (1 − rate) where a weight is kept and 0 where it is not:
+
+    o = (p ∘ M) v                   with rows that sum to one on average alone
+    dv = (p ∘ M)ᵀ do                dp = M ∘ (do vᵀ)
+
+and from dp on all is as above: p itself, and so lse, is what it was. M is drawn again from a seed of two words, a
+block at a time: see _attention_dropout.py.
+
 Kept are q, k, v and two numbers for each query and head, the largest logit m and l = Σ exp(z − m); nothing of the size
 queries × keys. The weights are computed again, a block of queries at a time, as exp(z − m) / l from exactly the logits of the
 forward: the same operands in the same precision. (With lse = m + log l alone, a rounded number as large as the logits, weights
@@ -38,10 +46,12 @@ from jax.typing import ArrayLike
 from fbackprop.ops import _attention as form
 from fbackprop.ops import _attention_blocks as blocks
 from fbackprop.ops import _attention_cudnn as cudnn
+from fbackprop.ops import _attention_dropout as dropout
 from fbackprop.ops._arithmetic import nbytes, sum_to, wide, wide_type
 from fbackprop.ops._attention import INPUTS, KEYS, LOGITS, QUERIES, ROWS, Inputs, Options, Window
 from fbackprop.ops._attention_blocks import Block, cut
 from fbackprop.rules import rule
+from fbackprop.samples import key as random_key
 from fbackprop.samples import labels, mask, normal, sample
 
 __all__ = ["dot_product_attention"]
@@ -56,6 +66,7 @@ class _Saved(NamedTuple):
     query_seq_lengths: jax.Array | None
     key_value_seq_lengths: jax.Array | None
     segment_ids: Any
+    seed: jax.Array | None  # of dropout
     highest: jax.Array  # m, [b, k, t, g]
     total: jax.Array  # l, [b, k, t, g]; 0 for a query that sees no key
 
@@ -89,6 +100,7 @@ def _blocks_forward(plan: blocks.Plan, options: Options, inputs: Inputs) -> tupl
             top = jnp.where(top == -jnp.inf, 0, top)
             w = jnp.exp(z - top)
             sums = jnp.sum(w, -1, keepdims=True)
+            w = dropout.dropped(w, own, options, block)
             part = jnp.einsum("bktgs,bskh->bktgh", w, wide(cut(own.value, KEYS, block))) / jnp.where(sums == 0, 1, sums)
             out = blocks.put(out, QUERIES, block, part.swapaxes(1, 2))
             return out, blocks.put(highest, ROWS, block, top[..., 0]), blocks.put(total, ROWS, block, sums[..., 0])
@@ -124,8 +136,10 @@ def _blocks_backward(
             inverse = 1 / jnp.where(sums == 0, 1, sums)  # w = 0 for a query that sees no key
             # With do / l for do, as many numbers as a query has features, w need not be divided by l.
             do = wide(cut(dout, QUERIES, block)) * inverse.swapaxes(1, 2)
-            dv = blocks.add(dv, KEYS, block, jnp.einsum("bktgs,btkgh->bskh", w, do))
+            met = dropout.dropped(w, own, options, block)
+            dv = blocks.add(dv, KEYS, block, jnp.einsum("bktgs,btkgh->bskh", met, do))
             dp = jnp.einsum("btkgh,bskh->bktgs", do, wide(cut(own.value, KEYS, block)))
+            dp = dropout.dropped(dp, own, options, block)
             mean = jnp.sum(w * dp, -1, keepdims=True)  # D
             if dlse is not None:
                 mean = mean - wide(cut(dlse, ROWS, block))[..., None]
@@ -182,14 +196,20 @@ def _forward(
     return_residual: bool = False,
     segment_ids: Any = None,
     soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
+    broadcast_dropout: bool = True,
 ) -> tuple[Any, Any]:
     arguments = query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths, segment_ids
-    options = form.options_of(query, key, scale, is_causal, local_window_size, soft_cap)
+    options = form.options_of(query, key, scale, is_causal, local_window_size, soft_cap, dropout_rate)
     if _on_cudnn(arguments, options, implementation, return_residual):
         return cudnn.forward(query, key, value, options, query_seq_lengths, key_value_seq_lengths)
 
+    arguments += (dropout.seed_of(dropout_key) if dropout_rate else None,)
+
     def flat(*arguments: Any) -> Any:
-        out, highest, total = blocks.run(_blocks_forward, options, form.inputs_of(*arguments))
+        inputs = dropout.with_rows(form.inputs_of(*arguments[:-1]), arguments[-1], broadcast_dropout)
+        out, highest, total = blocks.run(_blocks_forward, options, inputs)
         return out.reshape(jnp.shape(query)), highest, total
 
     # On a mesh of explicit axes the compiler chooses inside, and the output lies as the query does.
@@ -207,10 +227,11 @@ def _forward(
     if not return_residual:
         return out, saved
     lse = (highest + jnp.log(total)).swapaxes(1, 2).reshape(out.shape[:-1]).astype(out.dtype)  # the log of 0 is −∞
-    # A choice between equals that the compiler drops. It lets lse depend on value: under vmap over value alone JAX counts the
-    # cotangent of an output that does not depend on it once for each member.
-    some = saved.value.ravel()[0]
-    return (out, jnp.where(some == some, lse, lse)), saved
+    # Choices between equals that the compiler drops. They let lse depend on value and seed: under vmap over one of them alone
+    # JAX counts the cotangent of an output that does not depend on it once for each member.
+    for other in (saved.value, saved.seed):
+        lse = lse if other is None else jnp.where(other.ravel()[0] == other.ravel()[0], lse, lse)
+    return (out, lse), saved
 
 
 def _backward(
@@ -222,11 +243,13 @@ def _backward(
     local_window_size: Window,
     return_residual: bool,
     soft_cap: float | None,
+    dropout_rate: float,
+    broadcast_dropout: bool,
 ) -> tuple[Any, ...]:
     if isinstance(saved, cudnn.CudnnSaved):
-        return *cudnn.backward(saved, dy), *(None,) * 5
-    options = form.options_of(saved.query, saved.key, scale, is_causal, local_window_size, soft_cap)
-    inputs = form.inputs_of(*saved[:8])
+        return *cudnn.backward(saved, dy), *(None,) * 6
+    options = form.options_of(saved.query, saved.key, scale, is_causal, local_window_size, soft_cap, dropout_rate)
+    inputs = dropout.with_rows(form.inputs_of(*saved[:8]), saved.seed, broadcast_dropout)
     b, t, k, g, _ = inputs.query.shape
     dout, dlse = dy if return_residual else (dy, None)
     if dlse is not None:
@@ -235,12 +258,13 @@ def _backward(
     dq, dk, dv, dbias = blocks.run(_blocks_backward, options, *arrays)
     if dbias is not None:
         dbias = dbias.swapaxes(2, 3).reshape(saved.bias.shape)
-    return dq.reshape(saved.query.shape), dk.reshape(saved.key.shape), dv.reshape(saved.value.shape), dbias, *(None,) * 4
+    return dq.reshape(saved.query.shape), dk.reshape(saved.key.shape), dv.reshape(saved.value.shape), dbias, *(None,) * 5
 
 
-def _minimum(query: Any, key: Any, value: Any, bias: Any, mask: Any) -> int:
+def _minimum(query: Any, key: Any, value: Any, bias: Any, mask: Any, dropout_rate: float) -> int:
     """The arguments, the output and lse. Where D is a sum over the weights the output is not needed, and less is kept."""
-    return nbytes(query, query, key, value, bias, mask) + math.prod(query.shape[:-1]) * wide_type(query).itemsize
+    rows = math.prod(query.shape[:-1]) * wide_type(query).itemsize
+    return nbytes(query, query, key, value, bias, mask) + rows + (8 if dropout_rate else 0)
 
 
 _WORKLOADS = [  # batch, length, heads, heads of keys
@@ -253,7 +277,10 @@ _WORKLOADS = [  # batch, length, heads, heads of keys
 @rule(
     forward=_forward,
     backward=_backward,
-    static=["scale", "is_causal", "local_window_size", "implementation", "return_residual", "soft_cap"],
+    static=[
+        "scale", "is_causal", "local_window_size", "implementation", "return_residual", "soft_cap", "dropout_rate",
+        "broadcast_dropout",
+    ],
     samples=[
         sample(normal(2, 7, 2, 3), normal(2, 7, 2, 3), normal(2, 7, 2, 3), is_causal=True, return_residual=True),
         sample(normal(2, 6, 4, 3), normal(2, 8, 2, 3), normal(2, 8, 2, 3), normal(4, 1, 8), mask(2, 1, 6, 8), soft_cap=2.0),
@@ -265,13 +292,20 @@ _WORKLOADS = [  # batch, length, heads, heads of keys
             normal(8, 2, 3), normal(8, 2, 3), normal(8, 2, 3), normal(1, 8), is_causal=True,
             segment_ids=labels(8, classes=2),
         ),
+        sample(
+            normal(2, 7, 4, 3), normal(2, 6, 2, 3), normal(2, 6, 2, 3), normal(2, 4, 7, 1), soft_cap=2.0, return_residual=True,
+            local_window_size=(4, 2), dropout_rate=0.3, dropout_key=random_key(1), broadcast_dropout=False,
+        ),
+        sample(
+            normal(6, 2, 3), normal(6, 2, 3), normal(6, 2, 3), is_causal=True, dropout_rate=0.5, dropout_key=random_key(2),
+        ),
     ],
     workloads=[
         sample(normal(b, t, n, 64), normal(b, t, k, 64), normal(b, t, k, 64), is_causal=True, note=note, dtype=dtype)
         for dtype in ("float32", "bfloat16")
         for note, b, t, n, k in _WORKLOADS
     ],
-    keeps="query, key, value, two numbers a query and head; bias and mask if given",
+    keeps="query, key, value, two numbers a query and head; bias, mask and the seed of dropout if given",
     minimum=_minimum,
     recomputes="logits and weights, a block of queries at a time",
 )  # fmt: skip
@@ -291,6 +325,9 @@ def dot_product_attention(
     return_residual: bool = False,
     segment_ids: Any = None,
     soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Any = None,
+    broadcast_dropout: bool = True,
 ) -> Any:
     """Gives each query the mean of the values, weighted by a softmax over the keys that it may see.
 
@@ -307,13 +344,18 @@ def dot_product_attention(
       query_seq_lengths, key_value_seq_lengths: [B] integers: how many queries, and keys, of each sequence count. Beyond them
         the output is zero, and keys are not seen. Lengths above T or S are as T or S.
       local_window_size: query i sees the keys from i − left to i + right: (left, right), or one number for both.
-      implementation: "xla" for this rule, "cudnn" for cuDNN's attention (16 bits, no bias, mask, segment_ids, soft_cap or
-        return_residual; once differentiable), None for cuDNN's where there is one and it can, and for this rule elsewhere.
+      implementation: "xla" for this rule, "cudnn" for cuDNN's attention (16 bits, no bias, mask, segment_ids, soft_cap, dropout
+        or return_residual; once differentiable), None for cuDNN's where there is one and it can, and for this rule elsewhere.
         None looks at the device that JAX would run on now: a program that is lowered for others (``jax.export``) names one.
       return_residual: whether to return (output, lse): lse = log Σ exp(logits) for each query, [B, T, N], of the dtype of the
         query, −∞ where no key is seen. It has a gradient. (That of jax.nn has none.)
       segment_ids: [B, T] integers: a query sees the keys that have its number. Where T ≠ S a pair, [B, T] and [B, S].
       soft_cap: bounds the scaled products: s becomes cap · tanh(s / cap), before bias and mask.
+      dropout_rate: in [0, 1], static: each weight is zero with this probability (exact to 2⁻³²) and divided by 1 − rate where
+        it is not, after the softmax. lse is that without dropout.
+      dropout_key: a random key, needed where the rate is not 0. The mask depends on it and on the position alone.
+      broadcast_dropout: whether all of the batch and all heads share one mask [T, S], as by default in Flax; False draws each
+        weight's own, as PyTorch does.
     Raises:
       TypeError: where a dtype does not fit. ValueError: where a shape or an option does not, or cuDNN was asked for what it
         cannot do. RuntimeError: where it was asked for and is not there.
@@ -323,14 +365,15 @@ def dot_product_attention(
         query, key, value, bias, mask, scale, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size,
         implementation, segment_ids, soft_cap,
     )  # fmt: skip
+    dropout.check_dropout(dropout_rate, dropout_key, broadcast_dropout)
     lengths = query_seq_lengths, key_value_seq_lengths
-    options = form.options_of(query, key, scale, is_causal, local_window_size, soft_cap)
+    options = form.options_of(query, key, scale, is_causal, local_window_size, soft_cap, dropout_rate)
     arguments = query, key, value, bias, mask, *lengths, segment_ids
     if implementation == "cudnn" and (why := cudnn.refusal(*arguments, options=options, return_residual=return_residual)):
         raise ValueError(f"dot_product_attention: cuDNN's attention {why}. Leave implementation out.")
     if implementation == "cudnn":  # asked for, it is the function to differentiate
         return cudnn.attention(query, key, value, options, *lengths)
-    x = form.inputs_of(*arguments)
+    x = dropout.with_rows(form.inputs_of(*arguments), dropout.seed_of(dropout_key) if dropout_rate else None, broadcast_dropout)
     z = jnp.einsum("btkgh,bskh->bktgs", options.scale * wide(x.query), wide(x.key))
     if soft_cap is not None:
         z = soft_cap * jnp.tanh(z / soft_cap)
@@ -355,7 +398,8 @@ def dot_product_attention(
     weights = jnp.exp(z - highest)
     total = jnp.sum(weights, -1, keepdims=True)
     some = jnp.where(total == 0, 1, total)  # a query that sees no key gets zero, and no NaN as gradient
-    out = jnp.einsum("bktgs,bskh->btkgh", weights / some, wide(x.value))
+    met = dropout.dropped(weights / some, x, options, {})
+    out = jnp.einsum("bktgs,bskh->btkgh", met, wide(x.value))
     out = out.reshape(jnp.shape(query)).astype(jnp.result_type(query))
     if not return_residual:
         return out
