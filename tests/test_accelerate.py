@@ -1,6 +1,7 @@
 """accelerate: what is replaced, what must not be, and that nothing changes."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import equinox as eqx
@@ -12,6 +13,8 @@ import optax
 import pytest
 
 import fbackprop as fb
+import fbackprop.ops
+from fbackprop.accelerating import attending, sites
 from fbackprop.accelerating.program import Program
 from fbackprop.accelerating.rewriting import rewritten
 
@@ -207,6 +210,26 @@ def test_cross_entropy(loss, op):
         np.testing.assert_allclose(fb.accelerate(loss)(normal(6, 7), beyond), loss(normal(6, 7), beyond), rtol=1e-5)
 
 
+@pytest.mark.parametrize("loss", [optax.softmax_cross_entropy_with_integer_labels, by_take, by_logsumexp, by_one_hot])
+def test_cross_entropy_of_labels_that_are_constants(loss):
+    """As in contrastive losses, where row i belongs to column i."""
+    op = SOFT if loss is by_one_hot else INTEGER
+    a, b = normal(6, 4), normal(6, 4, seed=1)
+    check(lambda a, b: loss(a @ b.T, jnp.arange(6)) + loss(b @ a.T, jnp.arange(6)), a, b, ops=[op, op])
+    for labels in (np.array([0, 3, 6, 2, 1, 5]), jnp.array([0, -1, 6, 2, 1, 5]), jnp.zeros(6, int)):
+        check(lambda x, labels=labels: loss(x, labels), normal(6, 7), ops=[op])
+    check(lambda x: optax.softmax_cross_entropy(x, jnp.eye(6)), normal(6, 6), ops=[SOFT])
+    weighted = (lambda x, w: (optax.softmax_cross_entropy(x, np.eye(6, dtype="float32")) * w).sum(), normal(6, 6), normal(6))
+    check(*weighted, ops=[SOFT])
+
+
+def test_norms_with_constants():
+    scale, bias = np.linspace(0.5, 2, 16, dtype="float32")[None], normal(1, 16, seed=1)
+    check(lambda x: by_var(x, scale, bias), normal(5, 16), ops=["layer_norm"])
+    check(lambda x, s: by_var(x, s, bias), normal(5, 16), normal(1, 16), ops=["layer_norm"])
+    assert ops_of(lambda x: by_var(x, normal(5, 16), 0.0), normal(5, 16)) == ["layer_norm"]  # x̂ alone; its weights are no scale
+
+
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
@@ -306,6 +329,70 @@ def with_bias(q, k, v, bias, mask):
 )  # fmt: skip
 def test_attention_with_a_cap_or_a_bias(fn, more):
     check(fn, *qkv(2, 6, 4, 5), *more, ops=ATTENTION)
+
+
+def where_positions(q, k, v, change):
+    z = jnp.einsum("bqhd,bkhd->bhqk", q, k) * 0.3
+    i, j = jnp.arange(z.shape[-2])[:, None], jnp.arange(z.shape[-1])[None]
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(change(z, i, j), -1), v)
+
+
+CAUSAL = {"is_causal": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda z, i, j: jnp.where((i >= j)[None, None], z, -jnp.inf), CAUSAL),
+        (lambda z, i, j: jnp.where((i < j)[None, None], -1e9, z), CAUSAL),
+        (lambda z, i, j: z + jnp.where(i >= j, 0.0, -1e9)[None, None], CAUSAL),
+        (lambda z, i, j: z - jnp.where(i >= j, 0.0, jnp.inf)[None, None], CAUSAL),
+        (lambda z, i, j: jnp.where(np.tri(*z.shape[-2:], dtype=bool)[None, None], z, -1e9), CAUSAL),
+        (lambda z, i, j: jnp.where(jnp.tril(jnp.ones_like(z)) == 0, -1e9, z), CAUSAL),
+        (lambda z, i, j: jnp.where(((i >= j) & (i - j < 3))[None, None], z, -1e9), {"local_window_size": (2, 0)}),
+        (lambda z, i, j: jnp.where((abs(i - j) <= 2)[None, None], z, -1e9), {"local_window_size": (2, 2)}),
+        (lambda z, i, j: jnp.where((j <= i + 2)[None, None], z, -1e9), {"local_window_size": (6, 2)}),
+        (lambda z, i, j: jnp.where((i >= 0)[None, None] & (j >= 0)[None, None], z, -1e9), {}),
+        (lambda z, i, j: jnp.where(((i >= j) & (i != 4))[None, None], z, -1e9), {"mask"}),
+        (lambda z, i, j: jnp.where(((i >= j) | (j == 5))[None, None], z, -1e9), {"mask"}),
+        (lambda z, i, j: jnp.where((i >= j)[None, None], z - 0.1 * abs(i - j)[None, None], -jnp.inf), {"bias", *CAUSAL}),
+        (lambda z, i, j: z + jnp.where(i >= j, 0.0, -3.0)[None, None], {"bias"}),
+    ],
+)
+def test_attention_with_constants(change, told, monkeypatch):
+    """Where they are a band, the op is told so and gets no array."""
+    given = {}
+
+    def spy(*args, **options):
+        given.update({k: v for k, v in options.items() if v is not None and v is not False})
+        return fb.ops.dot_product_attention(*args, **options)
+
+    fn = functools.partial(where_positions, change=change)
+    monkeypatch.setattr(attending, "ops", SimpleNamespace(dot_product_attention=spy))
+    check(fn, *qkv(2, 6, 4, 5), ops=ATTENTION)
+    given.clear()
+    jax.eval_shape(fb.accelerate(fn), *qkv(2, 6, 4, 5))
+    del given["scale"]
+    assert (given if isinstance(told, dict) else set(given)) == told
+
+
+def test_attention_with_two_masks():
+    def fn(q, k, v, seen):
+        return where_positions(
+            q, k, v, lambda z, i, j: jnp.where(seen[:, None, None], jnp.where(i >= j, z, -jnp.inf), -jnp.inf)
+        )
+
+    with jax.numpy_rank_promotion("allow"):
+        check(fn, *qkv(2, 6, 4, 5), jnp.arange(6)[None] < jnp.array([[4], [6]]), ops=ATTENTION)
+
+
+def test_attention_over_many_positions_is_proved_with_few(monkeypatch):
+    """An array of all logits, 2 heads of 512 queries and keys, would be too large here."""
+    for module in (attending, sites):
+        monkeypatch.setattr(module, "MOST", 2**16)
+    for dtype in ("float32", "bfloat16"):
+        q = jax.ShapeDtypeStruct((2, 512, 2, 4), dtype)
+        assert ops_of(functools.partial(jax.nn.dot_product_attention, is_causal=True), q, q, q) == ATTENTION
 
 
 def test_another_cap_is_left():
@@ -542,13 +629,6 @@ def stopped_logits(x):
     return jax.nn.softmax(jax.lax.stop_gradient(q @ q.swapaxes(-1, -2))) @ q
 
 
-def window_of_keys(x):
-    q = x.reshape(2, 4, 16, 16)
-    i = jnp.arange(16)
-    near = (i[:, None] >= i[None]) & (i[:, None] < i[None] + 9)
-    return jax.nn.softmax(jnp.where(near[None, None], q @ q.swapaxes(-1, -2), -jnp.inf)) @ q
-
-
 def log_probabilities_too(x):
     logp = jax.nn.log_softmax(x)
     return -jnp.take_along_axis(logp, jnp.arange(16)[:, None], axis=-1), logp
@@ -564,7 +644,7 @@ def other_cross_entropy(x):
     [
         ddof, epsilon_outside, epsilon_after, stopped_mean, variance_used, other_gelu, stopped_silu, straight_through, foreign,
         max_from_zero, windows_of_padding, weights_too, dropped_weights, two_axes, over_queries, stopped_weights,
-        stopped_logits, window_of_keys, log_probabilities_too, other_cross_entropy,
+        stopped_logits, log_probabilities_too, other_cross_entropy,
     ],
 )  # fmt: skip
 def test_near_misses_are_left_alone(fn):

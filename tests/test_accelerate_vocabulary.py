@@ -83,10 +83,22 @@ def widened(x, kernel, bias, labels):
     return ce((x.astype(jnp.bfloat16) @ kernel.astype(jnp.bfloat16)).astype(jnp.float32), labels).mean()
 
 
+def later_places(x, kernel, bias, labels):
+    later = jnp.broadcast_to(jnp.arange(T)[None] > 1, labels.shape)
+    return jnp.where(later, ce(x @ kernel, labels), 0).sum() / later.sum()
+
+
+def all_constants(x, kernel, bias, labels):
+    row = np.linspace(-1, 1, V, dtype="float32")[None, None]
+    return (ce(x @ kernel + row, LABELS) * np.linspace(0, 1, B * T, dtype="float32").reshape(B, T)).sum()
+
+
 @pytest.mark.parametrize(
     "loss",
     [
         mean,
+        later_places,
+        all_constants,
         with_bias,
         next_token,
         next_token_flat,

@@ -1,11 +1,17 @@
 """Finds attention: two batched matrix products, and between them a softmax over the keys, with a cap, a bias and a mask or
 without.
 
+A mask or bias of constants is proved as if it were any other; where it turns out to be causal or a window of keys, the op is
+told that in its place, and where it is all that stands against short axes of queries, long sequences are no more work.
+
 Which axis is what follows from the products and from the classes of axes in between. The scale is measured: with twice the
 logits, differences of log p change by as much as the scaled logits do.
 """
 
-from collections.abc import Iterator
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,9 +19,10 @@ import numpy as np
 
 from fbackprop import ops
 from fbackprop.accelerating.axes import Axes
+from fbackprop.accelerating.banding import Band, band_of
 from fbackprop.accelerating.evaluation import Unknown, evaluate, is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Region, Value, region
-from fbackprop.accelerating.sites import REDUCING, SHAPING, Near, Site, chain, first, peeled, sides
+from fbackprop.accelerating.sites import MOST, REDUCING, SHAPING, Near, Site, chain, first, peeled, sides
 
 __all__ = ["attentions"]
 
@@ -54,23 +61,35 @@ def _scores(weights: Value, most: int = 60) -> Equation | None:
     return next(iter(found.values())) if len(found) == 1 else None
 
 
-def _others(weights: Value, z: Value) -> list[Value]:
+def _others(weights: Value, z: Value, constants: bool = False) -> list[Value]:
+    """Masks, then biases."""
     found = {}
-    for v, _ in sides(weights, [z]) or ():
+    for v, _ in sides(weights, [z], constants) or ():
         inner = peeled(v)
         found[id(inner)] = inner
-    return list(found.values())
+    return sorted(found.values(), key=lambda v: v.is_float)
 
 
 def _guesses(anchor: Equation, side: int, scores: Equation) -> Iterator[Site]:
+    """With constants as masks and biases like others, which does with few queries; and with constants as they are."""
+    z, weights = scores.outputs[0], anchor.inputs[side]
+    if not (_is_usual(anchor) and _is_usual(scores)):
+        return
+    given, every = _others(weights, z), _others(weights, z, constants=True)
+    for others in (every, given) if len(every) > len(given) else (given,):
+        if sum(v.is_float for v in others) <= 1 and all(v.is_float or v.dtype == np.bool_ for v in others) and len(others) <= 3:
+            yield from _with(anchor, side, scores, others)
+
+
+def _is_usual(product: Equation) -> bool:
+    """Whether a product asks for no precision, or for what 16 bits get anyhow: sums in float32."""
+    usual = {"BF16_BF16_F32": jnp.bfloat16, "F16_F16_F32": jnp.float16}
+    precision = product.params.get("precision")
+    return precision is None or all(v.dtype == usual.get(getattr(precision, "name", "")) for v in product.inputs)
+
+
+def _with(anchor: Equation, side: int, scores: Equation, others: list[Value]) -> Iterator[Site]:
     z, weights, value = scores.outputs[0], anchor.inputs[side], anchor.inputs[1 - side]
-    if any(e.params.get("precision") is not None for e in (anchor, scores)):
-        return
-    others = sorted(_others(weights, z), key=lambda v: v.is_float)  # a mask, then a bias
-    if [v.is_float for v in others] not in ([], [False], [True], [False, True]):
-        return
-    if any(v.dtype != np.bool_ for v in others if not v.is_float):
-        return
     found = region([z, *others], [weights])
     cap = None if found is None else _cap(found)
     if found is None or cap == 0:
@@ -78,6 +97,8 @@ def _guesses(anchor: Equation, side: int, scores: Equation) -> Iterator[Site]:
     try:
         axes = Axes(found)
     except Unknown:
+        return
+    if math.prod(axes.shape(z)) > MOST:
         return
     lower, upper = anchor.params["dimension_numbers"]
     contracted, rows = lower[side], upper[side]
@@ -95,15 +116,19 @@ def _guesses(anchor: Equation, side: int, scores: Equation) -> Iterator[Site]:
         layout = _layout(plan, axes, z, weights, value, contracted[0], rows, value_contracted[0], value_batch, side)
         if layout is None:
             continue
-        scale = _scale(found, axes, z, weights, keys[0], 0.5 if cap is None else 1e-5)  # where the cap is a line
-        if scale is None:
-            return
+        size = 0.5 if cap is None else 1e-5  # where the cap is a line
         query, key = scores.inputs[order], scores.inputs[1 - order]
-        # Where only a mask is told, a query that sees nothing must get what the program gives it.
-        masked = any(not v.is_float for v in others)
-        kinds = ("mask", "mask or mean") if masked else ("causal", "plain") if z.shape[keys[0]] > 1 else ("plain",)
-        for kind in kinds:
-            yield _site(anchor, query, key, value, others, scale, cap, kind, plan, layout, axes, z, weights)
+        kinds = ("causal", "plain") if z.shape[keys[0]] > 1 else ("plain",)
+        if any(not v.is_float for v in others):
+            kinds = "mask", "mask or mean", "mask or nan"
+        # What a mask says of a key that is seen, and the sign of a bias.
+        for told in itertools.product(*((1, -1) if v.is_float else (True, False) for v in others)):
+            scale = _scale(found, axes, z, weights, keys[0], size, told)
+            if scale is None:
+                continue
+            # A query that sees nothing must get what the program gives it.
+            for kind in kinds:
+                yield _site(anchor, query, key, value, others, scale, cap, kind, told, plan, layout, axes, z)
 
 
 def _cap(found: Region) -> float | None:
@@ -175,12 +200,14 @@ def _name(axes: Axes, z: Value, queries: list[int], weights: Value, w: int, firs
     return next((n for n, a in enumerate(queries, first) if z.shape[a] != 1 and _same(axes, z, a, weights, w)), -1)
 
 
-def _scale(found: Any, axes: Axes, z: Value, weights: Value, keys: int, size: float) -> float | None:
-    """The factor of the logits inside of the softmax, measured with logits of a size."""
+def _scale(
+    found: Any, axes: Axes, z: Value, weights: Value, keys: int, size: float, told: tuple[int, ...]
+) -> float | None:  # fmt: skip
+    """The factor of the logits inside of the softmax, measured with logits of a size where all keys are seen."""
     shape = axes.shape(z)
     rng = np.random.default_rng(2)
     near = rng.normal(size=shape) * size
-    given = [np.ones(axes.shape(v), v.dtype) for v in found.inputs[1:]]
+    given = [np.full(axes.shape(v), 0 if v.is_float else seen, v.dtype) for v, seen in zip(found.inputs[1:], told)]
     try:
         one, two = (evaluate(found, axes, [near * n, *given])[0] for n in (1.0, 2.0))
     except Unknown:
@@ -201,30 +228,31 @@ def _scale(found: Any, axes: Axes, z: Value, weights: Value, keys: int, size: fl
         wide = [np.log(p.transpose([*rest, *order]).reshape(shape)) for p in (one, two)]
         change = np.moveaxis(wide[1] - wide[0], keys, -1)
     logits = np.moveaxis(near, keys, -1)
-    seen = np.isfinite(change)
-    row = np.unravel_index(int(seen.sum(-1).argmax()), seen.shape[:-1])
-    where = seen[row]
+    finite = np.isfinite(change)
+    row = np.unravel_index(int(finite.sum(-1).argmax()), finite.shape[:-1])
+    where = finite[row]
     if where.sum() < 2:
         return None
     a, b = logits[row][where], change[row][where]
     factor = float(((a - a.mean()) * (b - b.mean())).sum() / ((a - a.mean()) ** 2).sum())
+    if abs(factor) < 1e-9:
+        return None
     narrow = float(np.float32(factor))
     return narrow if abs(narrow - factor) < 1e-6 * abs(factor) else factor
 
 
 def _site(
     anchor: Equation, query: Value, key: Value, value: Value, others: list[Value], scale: float, cap: float | None, kind: str,
-    plan: _Plan, layout: tuple[list[int], list[int]], axes: Axes, z: Value, weights: Value,
+    told: tuple[int, ...], plan: _Plan, layout: tuple[list[int], list[int]], axes: Axes, z: Value,
 ) -> Site:  # fmt: skip
     to_value, of_out = layout
     batches = len(plan.in_z["batch"])
     groups = len(plan.in_z["query"]) == 2
     dtype = anchor.outputs[0].dtype
-    names = ["bias" if v.is_float else "mask" for v in others]
     order = [*plan.in_z["batch"], *plan.in_z["query"], *plan.in_z["key"]]
     along = [_axes_along(v, z, order, axes) for v in others]
 
-    def call(q: Any, k: Any, v: Any, *more: Any) -> tuple[Any]:
+    def call(q: Any, k: Any, v: Any, *more: Any, bands: Sequence[Band | None] = (None,) * len(others)) -> tuple[Any]:
         q, k, v = jnp.transpose(q, plan.q), jnp.transpose(k, plan.k), jnp.transpose(v, to_value)
         if batches == 1:
             q, k, v = (a[:, None] for a in (q, k, v))
@@ -234,11 +262,22 @@ def _site(
             q = jnp.swapaxes(q, 2, 3).reshape(b, heads * q.shape[3], t, q.shape[-1])
         q, k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (q, k, v))
         given: dict[str, Any] = {"scale": scale, "is_causal": kind == "causal", "soft_cap": cap}
-        given |= {name: _as_logits(array, own, batches, q.shape[2]) for name, array, own in zip(names, more, along)}
+        for other, array, own, sign, band in zip(others, more, along, told, bands):
+            if band is not None:
+                given |= band
+                continue
+            array = _as_logits(array, own, batches, q.shape[2])
+            if other.is_float:
+                given["bias"] = array if sign == 1 else -array
+            else:
+                array = array if sign else ~array
+                given["mask"] = array & given["mask"] if "mask" in given else array
         out = ops.dot_product_attention(q, k, v, **given)  # [b, t, n, h]
-        if kind == "mask or mean":
+        some = jnp.swapaxes(jnp.any(given["mask"], -1, keepdims=True), 1, 2) if "mask" in given else None
+        if kind == "mask or nan" and some is not None:
+            out = jnp.where(some, out, jnp.nan)
+        if kind == "mask or mean" and some is not None:
             # The softmax of a row that sees nothing is even, and passes no gradient to its logits.
-            some = jnp.swapaxes(jnp.any(given["mask"], -1, keepdims=True), 1, 2)
             mean = jnp.mean(v.astype(jnp.promote_types(dtype, jnp.float32)), 1, keepdims=True).astype(dtype)
             share = out.shape[2] // mean.shape[2]
             mean = jnp.repeat(mean, share, 2) if share > 1 else mean
@@ -256,11 +295,19 @@ def _site(
         out = out.reshape(out.shape[len(spare) :])
         return (jnp.expand_dims(out, [i for i, n in enumerate(of_out) if n < 0]),)
 
-    options = (kind, scale, cap, tuple(plan.q), tuple(plan.k), tuple(to_value), tuple(of_out), tuple(names), tuple(along))
-    return Site(
+    options = (kind, scale, cap, tuple(plan.q), tuple(plan.k), tuple(to_value), tuple(of_out), told, tuple(along))
+    made = Site(
         "dot_product_attention", [query, key, value, *others], anchor.outputs, call, options, anchor,
         whole=[(value, to_value[-1])],  # a key and a value have as many features
     )  # fmt: skip
+
+    def settled() -> Callable[..., tuple[Any, ...]]:
+        bands = [band_of(v, own[batches], own[-1], sign) for v, own, sign in zip(others, along, told)]
+        explicit = any(band is None and not v.is_float for v, band in zip(others, bands))
+        return call if explicit or len(others) - bands.count(None) != 1 else functools.partial(call, bands=bands)
+
+    made.settled = settled
+    return made
 
 
 def _axes_along(mask: Value, z: Value, order: list[int], axes: Axes) -> tuple[int | None, ...]:

@@ -49,6 +49,7 @@ class Axes:
         self._along = _Classes()  # joined by values that depend on the inputs; a position does not make queries keys
         self._moving = region.moving
         self._fixed: set[Any] = set()
+        self._given = set(map(id, region.inputs))
         self._full = {
             (id(v), a): n for v in (*region.inputs, *(v for e in region.equations for v in (*e.inputs, *e.outputs)))
             for a, n in enumerate(v.shape)
@@ -110,7 +111,7 @@ class Axes:
     def _relate(self, equation: Equation) -> None:
         name, p, inputs, outputs = equation.name, equation.params, equation.inputs, equation.outputs
         for value in inputs:
-            if value.known is not None and value.size > 1:
+            if value.known is not None and value.size > 1 and id(value) not in self._given:
                 self._fix(value)  # its numbers may differ from place to place
         out = outputs[0]
         if name == "custom_jvp_call" and not is_elementwise(equation):

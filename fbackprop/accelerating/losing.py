@@ -14,7 +14,18 @@ from fbackprop import ops
 from fbackprop.accelerating.evaluation import is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Value
 from fbackprop.accelerating.projecting import moved, projected
-from fbackprop.accelerating.sites import SHAPING, Near, Site, chain, first, integer_sources, sides, source
+from fbackprop.accelerating.sites import (
+    SHAPING,
+    Near,
+    Site,
+    chain,
+    constant,
+    first,
+    integer_constants,
+    integer_sources,
+    sides,
+    source,
+)
 
 __all__ = ["cross_entropies"]
 
@@ -89,15 +100,14 @@ def _guesses(
     program: Program, logits: list[Value], ends: list[tuple[Value, Cuts]], axis: int, anchor: Equation
 ) -> Iterator[Site]:
     for x, (out, cuts) in itertools.product(logits, reversed(ends)):
-        entering = sides(out, [x])
-        if not entering or len({id(v) for v, _ in entering}) > 3:
-            continue
-        for v, _ in entering:
-            if v.is_float and v.shape == x.shape and not cuts:
-                yield from _soft(x, v, out, axis, anchor)
-        rows = out.size
-        for labels in integer_sources([v for v, _ in entering], rows):
-            yield from _integer(x, labels, out, axis, anchor, cuts)
+        for constants in (False, True):  # labels may be constants, too
+            entering = list({id(v): v for v, _ in sides(out, [x], constants) or () if not constants or constant(v)}.values())
+            for v in entering if len(entering) <= 3 else ():
+                if v.is_float and v.shape == x.shape and not cuts:
+                    yield from _soft(x, v, out, axis, anchor)
+            sources = integer_constants if constants else integer_sources
+            for labels in sources(entering, out.size) if len(entering) <= 3 else ():
+                yield from _integer(x, labels, out, axis, anchor, cuts)
 
 
 def _integer(x: Value, labels: Value, out: Value, axis: int, anchor: Equation, cuts: Cuts) -> Iterator[Site]:

@@ -67,14 +67,14 @@ def _guesses(program: Program, anchor: Equation, sources: list[Value], epsilon: 
         if not summed:
             continue
         for out in reversed([v for v in ends if v.shape == x.shape]):
-            entering = sides(out, [x])
-            if entering is None or len(entering) > 2:
-                continue
-            scale = next((v for v, e in entering if e.name in ("mul", "div")), None)
-            bias = next((v for v, e in entering if e.name in ("add", "sub") and v is not scale), None)
-            if len(entering) != (scale is not None) + (bias is not None):
-                continue
-            yield from _of(program, anchor, x, out, scale, bias, summed[0], epsilon)
+            entering, with_constants = sides(out, [x]), sides(out, [x], constants=True)
+            for own in (entering, *([with_constants] if with_constants != entering else [])):
+                if own is None or len(own) > 2:
+                    continue
+                scale = next((v for v, e in own if e.name in ("mul", "div")), None)
+                bias = next((v for v, e in own if e.name in ("add", "sub") and v is not scale), None)
+                if len(own) == (scale is not None) + (bias is not None):
+                    yield from _of(program, anchor, x, out, scale, bias, summed[0], epsilon)
 
 
 def _of(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from fbackprop import ops
 from fbackprop.accelerating.axes import groups
 from fbackprop.accelerating.program import Equation, Program, Value
-from fbackprop.accelerating.sites import SHAPING, Near, Site, constant, first, integer_sources, peeled
+from fbackprop.accelerating.sites import SHAPING, Near, Site, first, integer_constants, integer_sources, peeled, uniform
 from fbackprop.ops._vocabulary import accumulates
 
 __all__ = ["moved", "projected"]
@@ -117,7 +117,7 @@ def _head(logits: Value, axis: int) -> _Head | None:
             moves.append(maker)
         elif maker.name in ("add", "add_any") and bias is None:
             a, b = maker.inputs
-            biases = [peeled(v) if peeled(v).shape == (classes,) else None for v in (a, b)]
+            biases = [peeled(v) if peeled(v).size == classes else None for v in (a, b)]
             which = next((i for i in (1, 0) if biases[i] is not None), None)
             if which is None:
                 return None
@@ -175,12 +175,12 @@ def _sum(losses: Value) -> _Sum | None:
         if len(users) != 1:
             return None
         (user,) = users.values()
-        others = [v for v in user.inputs if v is not value and not constant(v)]
+        others = [v for v in user.inputs if v is not value and not uniform(v)]
         if len(user.outputs) != 1 or len(others) > 1:
             return None
         if others:
-            entering = peeled(others[0])
-            if entering.size != losses.size or found.weights is not None:
+            entering = next((v for v in (peeled(others[0]), others[0]) if v.size == losses.size), None)
+            if entering is None or found.weights is not None:
                 return None
             if user.name == "select_n":
                 found = dataclasses.replace(found, weights=entering, kind="where", inverted=user.inputs[1] is value)
@@ -226,12 +226,13 @@ def _guesses(site: Site, head: _Head, whole: _Sum) -> Iterator[Site]:
     kernel, classes_first = head.kernel
     classes = kernel.shape[0 if classes_first else 1]
     given = [head.x, kernel, *(v for v in (head.bias, whole.weights) if v is not None)]
-    for labels in integer_sources([site.inputs[1]], math.prod(site.outputs[0].shape)):
+    rows = math.prod(site.outputs[0].shape)
+    for labels in integer_sources([site.inputs[1]], rows) or integer_constants([site.inputs[1]], rows):
         for sign in (-1, 1):
             for beyond in ("nan", "nothing"):
 
                 def call(labels: Any, x: Any, kernel: Any, *more: Any, sign: int = sign, beyond: str = beyond) -> tuple[Any]:
-                    bias = more[0] if head.bias is not None else None
+                    bias = more[0].reshape(-1) if head.bias is not None else None
                     weights = None if whole.weights is None else more[-1].reshape(-1)
                     total = _total(head, whole, head.tokens(x), kernel, labels.reshape(-1), bias, weights, beyond)
                     return ((sign * total).astype(whole.total.dtype).reshape(whole.total.shape),)

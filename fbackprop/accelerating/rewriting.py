@@ -138,7 +138,7 @@ def _examined(finder: Finder, program: Program, taken: set[int]) -> Iterator[Sit
     """What a finder finds. A program that it stumbles over is left as it is from there on: a model must not fail for it."""
     try:
         yield from finder(program, taken)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NotImplementedError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, NotImplementedError, MemoryError) as error:
         told = f"it could not be examined ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         if program.equations:
             yield Near(finder.__name__, told, program.equations[0])
