@@ -85,6 +85,14 @@ def test_rows_say_who_made_and_who_keeps():
     assert {r.name: r.origin for r in both.rows if not r.op} == {"one": "parameter", "two": "parameter", "x": "parameter"}
 
 
+def test_products_that_no_gradient_needs_are_not_counted():
+    x, kernel = shapes((jnp.ones((4, 8)), jnp.ones((8, 16))))
+    product = 2 * 4 * 8 * 16
+    for argnums, times in ((0, 2), ((0, 1), 3)):  # y and dkernel; and dx
+        rules, definitions, *_ = fb.saved(lambda k, x: fb.dense(x, k).sum(), kernel, x, argnums=argnums).rivals
+        assert rules.products == definitions.products == times * product
+
+
 def test_what_is_kept_without_ops_and_where_calls_cannot_be_told_apart():
     def plain(x):
         return jnp.sin(x).sum()

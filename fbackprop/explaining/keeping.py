@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from fbackprop.context import without_rules
 from fbackprop.explaining.calling import labels_of, name_of
@@ -239,13 +240,14 @@ class Differentiated:
         return nbytes(*jax.tree.leaves(jax.eval_shape(pullback, self.arrays, self.others)))
 
     def products(self, way: Callable[..., Any]) -> int:
-        """The FLOPs of its matrix products, forward and backward."""
+        """The FLOPs of its matrix products, forward and backward, without those that no gradient asked for needs."""
 
         def gradient(moved: Any, others: Any) -> Any:
             y, pullback = jax.vjp(lambda moved: way(moved, others), moved)
             return y, pullback(y)  # y has the type of its cotangent
 
-        return matmul_flops(jax.make_jaxpr(gradient)(self.arrays, self.others))
+        jaxpr = jax.make_jaxpr(gradient)(self.arrays, self.others).jaxpr
+        return matmul_flops(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _rows(found: Sequence[Residual], labels: Sequence[tuple[str, str]], keepers: dict[Any, list[str]]) -> tuple[Row, ...]:
