@@ -51,6 +51,8 @@ def to_nnx(model: Layer, x: Any, *, rngs: Any) -> Any:
       TypeError: where it is no layer. ImportError: where Flax is missing.
     """
     _require_layer("to_nnx", model)
+    if not hasattr(rngs, "params"):
+        raise TypeError(f"to_nnx: rngs is a {type(rngs).__name__}, expected an nnx.Rngs, such as nnx.Rngs(0).")
     return _nnx_class()(model, x, rngs)
 
 
@@ -67,6 +69,9 @@ def to_equinox(model: Layer, params: Params, state: State = ()) -> Any:
       TypeError: where it is no layer. ImportError: where Equinox is missing.
     """
     _require_layer("to_equinox", model)
+    if not isinstance(params, dict):
+        hint = "; init gives two things, params and state" if isinstance(params, tuple) else ""
+        raise TypeError(f"to_equinox: params is a {type(params).__name__}, expected a dict as model.init made it{hint}.")
     stateless, stateful = _equinox_classes()
     params = jax.tree.map(jnp.asarray, params)
     return stateful(model, params, state) if jax.tree.leaves(state) else stateless(model, params)
@@ -180,7 +185,8 @@ def _nnx_class() -> Any:
             train = not self.deterministic
             params = _as_tree(values(self.params), self.shapes.params)
             state = _as_tree(values(self.state), self.shapes.state)
-            y, new = self.model.apply(params, x, state, self.rngs.dropout() if train else None, train)
+            key = self.rngs.dropout() if train and hasattr(self.rngs, "dropout") else None
+            y, new = self.model.apply(params, x, state, key, train)
             if train:
                 write(self.state, _as_dicts(new))
             return y

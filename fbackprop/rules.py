@@ -15,7 +15,8 @@ This module is the only user of ``jax.custom_vjp``. Once, for all rules, it sees
 - shapes, arity and integer arguments of a backward are checked, and its cotangents cast to their primal's dtype;
 - the backward runs under the forward's matmul precision and mesh, and its cotangents vary over the same mesh axes
   as their primals (``shard_map`` with ``check_vma=True``, explicit shardings);
-- arguments that are not differentiated cost nothing: what only their cotangents need is not kept.
+- arguments that are not differentiated cost nothing: what only their cotangents need is not kept;
+- with complex arguments an op is its definition: the derivations are for real numbers.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Var
 
 from fbackprop import context
+from fbackprop.refusing import named, refuse_kinds, unbound
 from fbackprop.samples import Sample
 
 __all__ = ["RULES", "Op", "Rule", "Saved", "Static", "rule"]
@@ -94,7 +96,7 @@ class Rule:
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{self.name}: {error}; the signature is {self.name}{self.signature}.") from None
+            raise unbound(self.name, error, self.signature, kwargs) from None
         bound.apply_defaults()
         for name in self.static:
             try:
@@ -105,6 +107,7 @@ class Rule:
                     f"{self.name}: {name} is static, so it must be a hashable Python value such as a number, a string or "
                     f"a tuple; got {bound.arguments[name]!r}, which is {kind}."
                 ) from None
+        refuse_kinds(self.name, self.signature.parameters, bound.arguments)
         return tuple(bound.arguments[n] for n in self.arguments), tuple(bound.arguments[n] for n in self.static)
 
     def __deepcopy__(self, memo: Any) -> "Rule":
@@ -151,6 +154,7 @@ class Record:
     kinds: tuple[type, ...]  # of the static values: 1 == 1.0 == True
     types: tuple[Any, ...]  # a pytree of jax.typeof for each argument, as (leaves, structure)
     ranks: tuple[int, ...]  # of the saved leaves
+    outputs: tuple[Any, ...]  # the shapes of y, and its structure
     precision: str | None
 
 
@@ -257,6 +261,8 @@ def _make_op(rule: Rule) -> Op[..., Any]:
         if mode.references and other is None:
             return rule.call(rule.reference, dynamic, static)
         check(dynamic, static)
+        if _complex(dynamic):  # the derivations are for real numbers
+            return rule.call(rule.reference, dynamic, static)
         if mode.recorder is not None:
             return mode.recorder(other or rule, dynamic, static)
         return _differentiable(other or rule, *static)(*dynamic)
@@ -264,6 +270,8 @@ def _make_op(rule: Rule) -> Op[..., Any]:
     def halves_forward(*args: Any, **kwargs: Any) -> tuple[Any, Saved]:
         dynamic, static = rule.split(args, kwargs)
         check(dynamic, static)
+        if _complex(dynamic):
+            raise TypeError(f"{rule.name}: its backward by hand is for real numbers, got complex ones; jax.grad takes them.")
         return _run_forward(rule, dynamic, static, wanted=None)
 
     def jitted(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -275,9 +283,12 @@ def _make_op(rule: Rule) -> Op[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return compiled(*args, **kwargs)
-            except (TypeError, ValueError):
-                rule.split(args, kwargs)  # says it in a sentence where the arguments do not bind or are not hashable
-                raise
+            except (TypeError, ValueError) as error:
+                rule.split(args, kwargs)  # says it in a sentence where the arguments are not what the signature says
+                sentence = named(rule.name, error, rule.signature.bind(*args, **kwargs).arguments)
+                if sentence is error:
+                    raise
+                raise sentence from error
 
         return call
 
@@ -289,6 +300,14 @@ def _make_op(rule: Rule) -> Op[..., Any]:
         if not isinstance(saved, Saved) or saved.record.rule is not rule:
             what = f"{saved.record.rule.name}.forward" if isinstance(saved, Saved) else f"a {type(saved).__name__}"
             raise TypeError(f"{rule.name}.backward: expected what {rule.name}.forward saved, got {what}.")
+        shapes, tree = saved.record.outputs
+        try:
+            given = tree.flatten_up_to(dy)
+        except (TypeError, ValueError):
+            got = jax.tree.structure(dy)
+            raise TypeError(f"{rule.name}.backward: dy is {got}, expected the structure of y, {tree}.") from None
+        if bad := [(jnp.shape(d), s) for d, s in zip(given, shapes) if d is not None and jnp.shape(d) != s]:
+            raise ValueError(f"{rule.name}.backward: dy has shape {bad[0][0]}, y had {bad[0][1]}.")
         return jitted_backward(saved, dy)
 
     forward.__name__ = forward.__qualname__ = f"{rule.name}.forward"
@@ -350,7 +369,9 @@ def _run_forward(
     values = [jnp.asarray(v) for v in values]
     types = tuple((tuple(map(jax.typeof, leaves)), tree) for leaves, tree in map(jax.tree.flatten, dynamic))
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    record = Record(rule, static, tuple(map(type, static)), types, tuple(v.ndim for v in values), precision)
+    ys, out_tree = jax.tree.flatten(y)
+    outputs = (tuple(map(jnp.shape, ys)), out_tree)
+    record = Record(rule, static, tuple(map(type, static)), types, tuple(v.ndim for v in values), outputs, precision)
     if wanted is not None and not all(w or not any(map(_inexact, leaves)) for w, (leaves, _) in zip(wanted, types)):
         needed = _needed(Saved(values, structure, record), y, wanted)
         # Keys have no zeros, and few bytes.
@@ -416,6 +437,10 @@ def _run_backward(saved: Saved, dy: Any) -> tuple[Any, ...]:
     remaining = iter([None if d is None else _match_manual_axes(d, t) for d, t in zip(flat, leaves)])
     result = [(tree, [next(remaining) for _ in types]) for types, tree in record.types]
     return tuple(None if all(d is None for d in own) else tree.unflatten(own) for tree, own in result)
+
+
+def _complex(dynamic: Any) -> bool:
+    return any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in jax.tree.leaves(dynamic) if hasattr(leaf, "dtype"))
 
 
 def _inexact(array_type: Any) -> bool:

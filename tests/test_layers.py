@@ -340,7 +340,7 @@ MESSAGES = [
     (lambda: BatchNorm()(NORM, X), "BatchNorm: state is .* train=False"),
     (lambda: BatchNorm()(NORM, X, {"mean": X[0]}), r"BatchNorm: state is the leaves \['mean'\]"),
     (lambda: Dense(3)({"kernel": X}, X), r"Dense: params has the leaves \['kernel'\], expected \['bias', 'kernel'\]"),
-    (lambda: Dense(3)((), X), "Dense: params has the leaves tuple"),
+    (lambda: Dense(3)((), X), "Dense: params is a tuple, expected"),
     (lambda: Dense(2, use_bias=False)({"kernel": X}, X), r"Dense: kernel has shape \(2, 3\), expected \(3, 2\) \(x \(2, 3\)"),
     (lambda: Dense(0), "Dense: features is 0, expected a positive integer"),
     (lambda: Dense(3).init(None, X), "Dense.init: key is None"),

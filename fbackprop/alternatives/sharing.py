@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from fbackprop.alternatives.choosing import Choice, lrp, with_rules
 from fbackprop.layers import Serial
+from fbackprop.layers.combinators import entries
 
 __all__ = ["Relevance", "relevance"]
 
@@ -100,6 +101,8 @@ def relevance(
       ValueError: where the target is none of the outputs, where x holds integers, or where an op has no LRP rule.
     Source: Bach et al. 2015, doi:10.1371/journal.pone.0130140.
     """
+    if not callable(model):
+        raise TypeError(f"relevance: expected a model or a function, got {type(model).__name__}.")
     choice = lrp() if rules == "lrp-0" else rules
     if not str(getattr(choice, "method", choice)).startswith("lrp"):
         raise ValueError(
@@ -136,7 +139,7 @@ def _parts(model: Any, params: Any, state: Any) -> list[tuple[str, Callable[...,
     if not isinstance(model, Serial):
         name = repr(model) if hasattr(model, "init") else getattr(model, "__name__", type(model).__name__)
         return [(name, part(model), params, state)]
-    return [(repr(layer), part(layer), own, old) for layer, own, old in model._entries(params, state)]
+    return [(repr(layer), part(layer), own, old) for layer, own, old in entries(model.name, model.layers, params, state)]
 
 
 def _cotangent(y: Any, target: Any, amount: Any) -> jax.Array:

@@ -42,7 +42,7 @@ def softmin(x: ArrayLike, axis: int | Sequence[int] | None = -1, where: ArrayLik
 
     x [...] -> y [...]. A composition. Args: as for ``softmax``.
     """
-    return ops.softmax(-jnp.asarray(x), axis, where)
+    return ops.softmax(jnp.negative(x), axis, where)
 
 
 def logmeanexp(x: ArrayLike, axis: Axis = None, where: ArrayLike | None = None, keepdims: bool = False) -> jax.Array:

@@ -96,8 +96,8 @@ def spectral_norm(
     require_float("spectral_norm", kernel=kernel, u=u)
     if jnp.ndim(kernel) < 2 or jnp.shape(u) != (1, jnp.shape(kernel)[-1]):
         raise ValueError(f"spectral_norm: expected kernel [..., out] and u [1, out], got {shapes(kernel=kernel, u=u)}.")
-    if n_steps < 1:
-        raise ValueError(f"spectral_norm: n_steps is {n_steps}, expected 1 or more.")
+    if not isinstance(n_steps, int) or n_steps < 1:
+        raise ValueError(f"spectral_norm: n_steps is {n_steps!r}, expected 1 or more.")
 
     def unit(x: jax.Array) -> jax.Array:
         return x * jax.lax.rsqrt(jnp.sum(jnp.square(x)) + epsilon)
@@ -143,6 +143,8 @@ def pool(
         y = op(inputs, tuple(window_shape), None if strides is None else tuple(strides), padding)
         return y if join is None or init == neutral else join(y, jnp.asarray(init, y.dtype))
     require_float("pool", inputs=inputs)
+    if not callable(reduce_fn):
+        raise TypeError(f"pool: reduce_fn is {reduce_fn!r}, expected a function of two arrays, such as jax.lax.max.")
     x = jnp.asarray(inputs)
     windows = sliding("pool", x.shape, window_shape, strides, padding, None)
     padded, taps = windows.padded(images(x, windows), init), []

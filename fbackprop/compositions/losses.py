@@ -100,6 +100,9 @@ def make_fenchel_young_loss(max_fun: Callable[..., Any]) -> Callable[..., jax.Ar
         raise TypeError(f"make_fenchel_young_loss: max_fun must be a function of scores, got {type(max_fun).__name__}.")
 
     def fenchel_young_loss(scores: ArrayLike, targets: ArrayLike, *args: Any, **kwargs: Any) -> jax.Array:
+        if not jnp.ndim(scores) or jnp.shape(scores)[-1:] != jnp.shape(targets)[-1:]:
+            given = shapes(scores=scores, targets=targets)
+            raise ValueError(f"fenchel_young_loss: expected scores [..., n] and targets [..., n], got {given}.")
         of_rows = jnp.vectorize(lambda row: max_fun(row, *args, **kwargs), signature="(n)->()")
         return of_rows(scores) - jnp.vectorize(jnp.vdot, signature="(n),(n)->()")(targets, scores)
 

@@ -109,7 +109,7 @@ def health(
     """
     import optax  # when it is needed, not whenever fbackprop is imported
 
-    _check(params, rate, optimizer, opt_state, steps)
+    _check(loss, params, rate, optimizer, opt_state, steps)
     known = rate is not None or optimizer is not None
     chosen = optimizer if optimizer is not None else optax.sgd(rate) if rate is not None else optax.adam(1e-3)
     bench = Bench(loss, params, batch, chosen, opt_state, rate, steps, seed)
@@ -140,7 +140,7 @@ def rate_sweep(
     """
     import optax
 
-    _check(params, rate, optimizer, None, steps)
+    _check(loss, params, rate, optimizer, None, steps)
     bench = Bench(loss, params, batch, optax.sgd(rate) if optimizer is None else optimizer, None, rate, steps, 0)
     return tuple((rate * factor, value) for factor, value in bench.sweep(factors))
 
@@ -167,7 +167,9 @@ def _most(shares: np.ndarray) -> float:
     return float(known.max()) if known.size else math.nan
 
 
-def _check(params: Any, rate: Any, optimizer: Any, opt_state: Any, steps: Any) -> None:
+def _check(loss: Any, params: Any, rate: Any, optimizer: Any, opt_state: Any, steps: Any) -> None:
+    if not callable(loss):
+        raise TypeError(f"health: expected a loss of params, got {type(loss).__name__}.")
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError("health: params holds no arrays.")

@@ -11,7 +11,7 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 
 from fbackprop import ops
-from fbackprop.layers.base import Initializer, OpLayer, Params, State, set_option, tuples
+from fbackprop.layers.base import Initializer, OpLayer, Params, State, float_type, set_option, tuples
 
 __all__ = ["Activation", "Elu", "Gelu", "LeakyRelu", "PReLU", "Relu", "Sigmoid", "Silu", "Softmax", "Softplus", "Tanh"]
 
@@ -92,4 +92,5 @@ class PReLU(OpLayer):
         return {"negative_slope": ()}
 
     def arguments(self, params: Params, x: jax.Array, state: State, key: Any, train: bool) -> tuple[dict[str, Any], None]:
+        x = x.astype(float_type(x))
         return {"x": x, "negative_slope": jnp.asarray(params["negative_slope"], x.dtype)}, None

@@ -16,14 +16,16 @@ the backward of the casts between the dtypes of parameters, input and computatio
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from fbackprop.ops._arithmetic import float_type as float_type
+from fbackprop.refusing import kind
 
 __all__ = ["Initializer", "Layer", "OpLayer", "Params", "State", "Tape"]
 
@@ -163,12 +165,12 @@ class OpLayer(Layer):
     # What follows from it.
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
-        shape = jnp.shape(x)
+        if self.initializers():
+            require_key(f"{self.name}.init", key)
+        shape = shape_of(self.name, x)
         self._require_rank(shape)
         width = shape[-1] if shape else 0
         shapes = self.shapes_for(shape)
-        if shapes and key is None:
-            raise ValueError(f"{self.name}.init: key is None; expected a random key, such as jax.random.key(0).")
         if shapes and not width and self.min_ndim:
             raise ValueError(f"{self.name}.init: the last axis of x has no elements (x {shape}, layer {self!r}).")
         params = {
@@ -218,11 +220,8 @@ class OpLayer(Layer):
             )
 
     def _checked_arguments(self, params: Params, x: Any, state: State, key: Any, train: bool) -> tuple[dict[str, Any], Any]:
-        expected = set(self.initializers())
-        if not isinstance(params, dict) or set(params) != expected:
-            got = sorted(map(str, params)) if isinstance(params, dict) else type(params).__name__
-            raise ValueError(f"{self.name}: params has the leaves {got}, expected {sorted(expected)} (layer {self!r}).")
-        x = jnp.asarray(x)
+        require_params(self, params, self.initializers())
+        x = array_of(self.name, x)
         self._require_rank(x.shape)
         shapes = self.shapes_for(x.shape)
         for leaf, value in params.items():
@@ -240,6 +239,53 @@ class OpLayer(Layer):
         if jnp.shape(dy) != record.y.shape:
             raise ValueError(f"{self.name}.backward: dy has shape {jnp.shape(dy)}, y had {record.y.shape}.")
         return record
+
+
+def require_params(layer: Layer, params: Any, expected: Collection[str]) -> None:
+    """Refuses parameters that are no dict of these names."""
+    if not isinstance(params, dict) or set(params) != set(expected):
+        got = f"has the leaves {sorted(map(str, params))}" if isinstance(params, dict) else f"is a {type(params).__name__}"
+        pair = isinstance(params, tuple) and len(params) == 2
+        hint = "; init gives two things, params and state" if pair else ""
+        raise ValueError(f"{layer.name}: params {got}, expected {sorted(expected)}, as init gave{hint} (layer {layer!r}).")
+
+
+def require_key(who: str, key: Any) -> None:
+    """Refuses what is no random key: nothing, a number, an input in its place."""
+    dtype = getattr(key, "dtype", np.dtype(bool))
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == np.uint32 and np.ndim(key) == 1):
+        return
+    got = f"{dtype}{list(key.shape)}" if hasattr(key, "shape") else repr(key)
+    raise (ValueError if key is None else TypeError)(f"{who}: key is {got}, expected a random key, such as jax.random.key(0).")
+
+
+def split_key(who: str, key: Any, count: int = 2) -> Any:
+    """So many keys of one."""
+    require_key(who, key)
+    return jax.random.split(key, count)
+
+
+def fold_key(who: str, key: Any, number: int) -> Any:
+    """The key of a layer among others; None where there is none."""
+    if key is None:
+        return None
+    require_key(who, key)
+    return jax.random.fold_in(key, number)
+
+
+def array_of(who: str, x: Any) -> jax.Array:
+    """An input as an array; refuses what is none, such as text, None or parameters."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{who}: x is {kind(x)}, expected an array.") from None
+
+
+def shape_of(who: str, x: Any) -> tuple[int, ...]:
+    """The shape of an input, or of a ``jax.ShapeDtypeStruct``; refuses what has none."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return tuple(x.shape)
+    return array_of(who, x).shape
 
 
 def promoted(dtype: DTypeLike | None, x: jax.Array, params: Params) -> tuple[jax.Array, Params]:

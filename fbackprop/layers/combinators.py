@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.layers.activations import Activation
-from fbackprop.layers.base import Layer, Params, State, Tape
+from fbackprop.layers.base import Layer, Params, State, Tape, array_of, fold_key, shape_of
 
 __all__ = ["Residual", "Serial", "residual", "serial"]
 
@@ -37,53 +37,44 @@ class Serial(Layer):
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
         params, states = [], []
-        x = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+        x = jax.ShapeDtypeStruct(shape_of(self.name, x), jnp.result_type(x))
         for i, layer in enumerate(self.layers):
-            with _inside(self.name, i, layer):
-                own, state = layer.init(_fold(key, i), x)
+            with inside(self.name, i, layer):
+                own, state = layer.init(fold_key(self.name, key, i), x)
                 x = jax.eval_shape(layer, own, x, state)
             params.append(own)
             states.append(state)
-        return {"layers": tuple(params)}, _together(states)
+        return {"layers": tuple(params)}, together(states)
 
     def apply(
         self, params: Params, x: ArrayLike, state: State = (), key: Any = None, train: bool = False
     ) -> tuple[jax.Array, State]:
-        y, states = jnp.asarray(x), []
-        for i, (layer, own, old) in enumerate(self._entries(params, state)):
-            with _inside(self.name, i, layer):
-                y, new = layer.apply(own, y, old, _fold(key, i), train)
+        y, states = array_of(self.name, x), []
+        for i, (layer, own, old) in enumerate(entries(self.name, self.layers, params, state)):
+            with inside(self.name, i, layer):
+                y, new = layer.apply(own, y, old, fold_key(self.name, key, i), train)
             states.append(new)
-        return y, _together(states)
+        return y, together(states)
 
     def forward(
         self, params: Params, x: ArrayLike, state: State = (), key: Any = None, train: bool = False
     ) -> tuple[jax.Array, Tape]:
-        y, tapes, states = jnp.asarray(x), [], []
-        for i, (layer, own, old) in enumerate(self._entries(params, state)):
-            with _inside(self.name, i, layer):
-                y, tape = layer.forward(own, y, old, _fold(key, i), train)
+        y, tapes, states = array_of(self.name, x), [], []
+        for i, (layer, own, old) in enumerate(entries(self.name, self.layers, params, state)):
+            with inside(self.name, i, layer):
+                y, tape = layer.forward(own, y, old, fold_key(self.name, key, i), train)
             states.append(tape.state)
             tapes.append(dataclasses.replace(tape, state=()))  # kept once, in the state of the whole
-        return y, Tape(tuple(tapes), _together(states), (self.name, type(params["layers"])))
+        return y, Tape(tuple(tapes), together(states), (self.name, type(params["layers"])))
 
     def backward(self, tape: Tape, dy: Any) -> tuple[Params, Any]:
         container = _record_of(self, tape, len(self.layers))
         dparams = []
         for i, (layer, own) in reversed(list(enumerate(zip(self.layers, tape.saved)))):
-            with _inside(self.name, i, layer):
+            with inside(self.name, i, layer):
                 d, dy = layer.backward(own, dy)
             dparams.append(d)
         return {"layers": container(reversed(dparams))}, dy
-
-    def _entries(self, params: Params, state: State) -> list[tuple[Layer, Params, State]]:
-        n = len(self.layers)
-        if not _holds(params, n):
-            raise ValueError(f"serial: params is {_describe(params)}, expected {{'layers': …}} with {n} entries, as init gave.")
-        if not _holds(state, n) and not (isinstance(state, Sequence) and not state):
-            raise ValueError(f"serial: state is {_describe(state)}, expected () or {{'layers': …}} with {n} entries.")
-        states = state["layers"] if isinstance(state, dict) else ((),) * n
-        return list(zip(self.layers, params["layers"], states))
 
 
 def serial(*layers: Any) -> Serial:
@@ -121,10 +112,10 @@ class Residual(Layer):
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
         params, states = {}, {}
-        x = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+        x = jax.ShapeDtypeStruct(shape_of(self.name, x), jnp.result_type(x))
         for i, (name, layer) in enumerate(self.branches.items()):
-            with _inside(self.name, name, layer):
-                params[name], states[name] = layer.init(_fold(key, i), x)
+            with inside(self.name, name, layer):
+                params[name], states[name] = layer.init(fold_key(self.name, key, i), x)
         state = states if any(s != () for s in states.values()) else ()
         jax.eval_shape(self, params, x, state)  # its check of the shapes
         return params, state
@@ -132,21 +123,21 @@ class Residual(Layer):
     def apply(
         self, params: Params, x: ArrayLike, state: State = (), key: Any = None, train: bool = False
     ) -> tuple[jax.Array, State]:
-        x, values, states = jnp.asarray(x), {}, {}
+        x, values, states = array_of(self.name, x), {}, {}
         for i, (name, layer) in enumerate(self.branches.items()):
             own, old = self._entry(params, state, name)
-            with _inside(self.name, name, layer):
-                values[name], states[name] = layer.apply(own, x, old, _fold(key, i), train)
+            with inside(self.name, name, layer):
+                values[name], states[name] = layer.apply(own, x, old, fold_key(self.name, key, i), train)
         return self._sum(x, values), states if any(s != () for s in states.values()) else ()
 
     def forward(
         self, params: Params, x: ArrayLike, state: State = (), key: Any = None, train: bool = False
     ) -> tuple[jax.Array, Tape]:
-        x, values, states, tapes = jnp.asarray(x), {}, {}, {}
+        x, values, states, tapes = array_of(self.name, x), {}, {}, {}
         for i, (name, layer) in enumerate(self.branches.items()):
             own, old = self._entry(params, state, name)
-            with _inside(self.name, name, layer):
-                values[name], tape = layer.forward(own, x, old, _fold(key, i), train)
+            with inside(self.name, name, layer):
+                values[name], tape = layer.forward(own, x, old, fold_key(self.name, key, i), train)
             states[name], tapes[name] = tape.state, dataclasses.replace(tape, state=())
         record = (self.name, (x.dtype, tuple((n, v.dtype) for n, v in values.items())))
         return self._sum(x, values), Tape(tapes, states if any(s != () for s in states.values()) else (), record)
@@ -157,7 +148,7 @@ class Residual(Layer):
         dparams, dx = {}, dy.astype(x_dtype) if self.shortcut is None else None
         for name, dtype in dtypes:
             layer = self.branches[name]
-            with _inside(self.name, name, layer):
+            with inside(self.name, name, layer):
                 dparams[name], d = layer.backward(tape.saved[name], dy.astype(dtype))
             dx = d if dx is None else dx if d is None else dx + d
         return dparams, dx
@@ -206,11 +197,19 @@ def as_layer(who: str, layer: Any) -> Layer:
     raise TypeError(f"{who}: expected layers or ops, got {getattr(layer, '__name__', repr(layer))}{hint}.")
 
 
-def _fold(key: Any, i: int) -> Any:
-    return None if key is None else jax.random.fold_in(key, i)
+def entries(who: str, layers: Sequence[Layer], params: Params, state: State) -> list[tuple[Layer, Params, State]]:
+    """Each layer with its parameters and its state; refuses what is not ``{"layers": (…)}`` with an entry for each."""
+    n = len(layers)
+    if not _holds(params, n):
+        raise ValueError(f"{who}: params is {_describe(params)}, expected {{'layers': …}} with {n} entries, as init gave.")
+    if not _holds(state, n) and not (isinstance(state, Sequence) and not state):
+        raise ValueError(f"{who}: state is {_describe(state)}, expected () or {{'layers': …}} with {n} entries.")
+    states = state["layers"] if isinstance(state, dict) else ((),) * n
+    return list(zip(layers, params["layers"], states))
 
 
-def _together(states: Sequence[State]) -> State:
+def together(states: Sequence[State]) -> State:
+    """The state of several layers as one."""
     return {"layers": tuple(states)} if any(s != () for s in states) else ()
 
 
@@ -221,7 +220,9 @@ def _holds(tree: Any, n: int) -> bool:
 def _describe(tree: Any) -> str:
     if isinstance(tree, dict) and "layers" in tree:
         return f"{{'layers': …}} with {len(tree['layers'])} entries"
-    return f"a dict of {sorted(map(str, tree))}" if isinstance(tree, dict) else type(tree).__name__
+    if isinstance(tree, tuple) and len(tree) == 2 and isinstance(tree[0], dict):
+        return "a tuple of two (init gives params and state)"
+    return f"a dict of {sorted(map(str, tree))}" if isinstance(tree, dict) else f"a {type(tree).__name__}"
 
 
 def _record_of(layer: Layer, tape: Any, n: int) -> Any:
@@ -232,7 +233,7 @@ def _record_of(layer: Layer, tape: Any, n: int) -> Any:
 
 
 @contextlib.contextmanager
-def _inside(who: str, where: int | str, layer: Layer) -> Iterator[None]:
+def inside(who: str, where: int | str, layer: Layer) -> Iterator[None]:
     """Adds to an error which of the layers raised it."""
     try:
         yield

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.layers.base import Layer, Params, State, Tape
+from fbackprop.layers.base import Layer, Params, State, Tape, array_of
 
 __all__ = ["Composed"]
 
@@ -19,7 +19,7 @@ class Composed(Layer):
     def forward(
         self, params: Params, x: ArrayLike, state: State = (), key: Any = None, train: bool = False
     ) -> tuple[jax.Array, Tape]:
-        x = jnp.asarray(x)
+        x = array_of(self.name, x)
         differentiable = jnp.issubdtype(x.dtype, jnp.inexact)
 
         def run(params: Params, *given: jax.Array) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop import ops
-from fbackprop.layers.base import Layer, OpLayer, Params, State, Tape, set_option, tuples
+from fbackprop.layers.base import Layer, OpLayer, Params, State, Tape, array_of, require_key, set_option, tuples
 
 __all__ = ["Dropout", "Flatten", "StochasticDepth"]
 
@@ -31,13 +32,10 @@ class Dropout(OpLayer):
 
     def __post_init__(self) -> None:
         set_option(self, "broadcast_dims", tuples(self.broadcast_dims))
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"Dropout: rate is {self.rate}, expected a probability between 0 and 1.")
+        _require_rate(self.name, self.rate)
 
     def arguments(self, params: Params, x: jax.Array, state: State, key: Any, train: bool) -> tuple[dict[str, Any], None]:
-        active = train and self.rate > 0
-        if active and key is None:
-            raise ValueError("Dropout: train=True needs a random key and key is None; pass key=jax.random.key(…).")
+        active = _draws(self.name, self.rate, key, train)
         options = {"broadcast_dims": self.broadcast_dims, "deterministic": not active}
         return {"x": x, "rate": self.rate, "key": key if active else None, **options}, None
 
@@ -57,13 +55,10 @@ class StochasticDepth(OpLayer):
     min_ndim = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"StochasticDepth: rate is {self.rate}, expected a probability between 0 and 1.")
+        _require_rate(self.name, self.rate)
 
     def arguments(self, params: Params, x: jax.Array, state: State, key: Any, train: bool) -> tuple[dict[str, Any], None]:
-        active = train and self.rate > 0
-        if active and key is None:
-            raise ValueError("StochasticDepth: train=True needs a random key and key is None; pass key=jax.random.key(…).")
+        active = _draws(self.name, self.rate, key, train)
         options = {"broadcast_dims": tuple(range(1, x.ndim)), "deterministic": not active}
         return {"x": x, "rate": self.rate, "key": key if active else None, **options}, None
 
@@ -79,7 +74,7 @@ class Flatten(Layer):
     def apply(
         self, params: Params, x: ArrayLike, state: State = (), key: Any = None, train: bool = False
     ) -> tuple[jax.Array, State]:
-        x = jnp.asarray(x)
+        x = array_of(self.name, x)
         self._require_batch(x.shape)
         return x.reshape(x.shape[0], math.prod(x.shape[1:])), state
 
@@ -102,3 +97,18 @@ class Flatten(Layer):
     def _require_batch(self, shape: tuple[int, ...]) -> None:
         if not shape:
             raise ValueError("Flatten: x is a single number, expected at least one dimension (the batch).")
+
+
+def _require_rate(who: str, rate: Any) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) <= 1:
+        raise ValueError(f"{who}: rate is {rate!r}, expected a probability between 0 and 1.")
+
+
+def _draws(who: str, rate: float, key: Any, train: bool) -> bool:
+    """Whether numbers are drawn; refuses a missing key where they are."""
+    active = train and rate > 0
+    if active and key is None:
+        raise ValueError(f"{who}: train=True needs a random key and key is None; pass key=jax.random.key(…).")
+    if active:
+        require_key(who, key)
+    return active

@@ -109,6 +109,9 @@ class Einsum(_Linear):
     op = staticmethod(ops.einsum_dense)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.einsum_str, str) or not isinstance(self.shape, Sequence):
+            given = f"shape {self.shape!r}, einsum_str {self.einsum_str!r}"
+            raise TypeError(f"Einsum: expected the shape of the kernel and an equation such as '...d,dh->...h', got {given}.")
         set_option(self, "shape", tuples(self.shape))
         require_positive(self.name, **{f"shape[{i}]": n for i, n in enumerate(self.shape)})
 

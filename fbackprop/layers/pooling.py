@@ -8,6 +8,7 @@ import jax
 
 from fbackprop import ops
 from fbackprop.layers.base import OpLayer, Params, State, set_option, tuples
+from fbackprop.ops._pooling import require_sizes
 
 __all__ = ["AdaptiveAvgPool", "AdaptiveMaxPool", "AvgPool", "GlobalAvgPool", "GlobalMaxPool", "MaxPool", "MinPool", "SumPool"]
 
@@ -27,6 +28,10 @@ class _Options(OpLayer):
 
 class _Pool(_Options):
     window_shape: Sequence[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_sizes(self.name, "window_shape", self.window_shape, "(2, 2)")
 
     @property
     def min_ndim(self) -> int:  # type: ignore[override]
@@ -88,6 +93,10 @@ class SumPool(_Pool):
 
 class _Adaptive(_Options):
     output_size: Sequence[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_sizes(self.name, "output_size", self.output_size, "(7, 7)")
 
     @property
     def min_ndim(self) -> int:  # type: ignore[override]

@@ -13,12 +13,24 @@ from jax.typing import ArrayLike, DTypeLike
 
 from fbackprop import ops
 from fbackprop.compositions.recurrent import conv_lstm
-from fbackprop.layers.base import Initializer, Params, State, promoted, set_option, tuples
+from fbackprop.layers.base import (
+    Initializer,
+    Layer,
+    Params,
+    State,
+    promoted,
+    require_params,
+    set_option,
+    shape_of,
+    split_key,
+    tuples,
+)  # fmt: skip
 from fbackprop.layers.composed import Composed
 from fbackprop.layers.linear import require_positive
 
 __all__ = ["Bidirectional", "ConvLstm", "Gru", "Lstm", "Rnn"]
 
+_LEAVES = ("bias", "kernel", "recurrent_kernel")
 _lecun_normal, _orthogonal = initializers.lecun_normal(), initializers.orthogonal()
 
 
@@ -37,13 +49,14 @@ class _Recurrent(Composed):
 
     op = staticmethod(ops.rnn)
     gates = 1
+    _leaves = _LEAVES
 
     def __post_init__(self) -> None:
         require_positive(self.name, features=self.features)
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
-        width, n = self._shape(x)[-1], self.features
-        one, two, three = jax.random.split(key, 3)
+        one, two, three = split_key(f"{self.name}.init", key, 3)
+        width, n = _shape(self, x, "features")[-1], self.features
         # Each gate has a matrix of its own, side by side with the others.
         square = [self.recurrent_kernel_init(k, (n, n), self.param_dtype) for k in jax.random.split(two, self.gates)]
         return {
@@ -63,7 +76,8 @@ class _Recurrent(Composed):
         lengths: ArrayLike | None = None,
     ) -> tuple[jax.Array, State]:
         """As of every layer; and ``lengths``, [b] integers: how many steps of each sequence count. Beyond them y is 0."""
-        self._shape(x)
+        _shape(self, x, "features")
+        require_params(self, params, self._leaves)
         x, weights = promoted(self.dtype, jnp.asarray(x), params)
         options = {"lengths": lengths, "reverse": self.reverse, "segments": self.segments, **self._options()}
         h, _ = self.op(x.swapaxes(0, 1), **weights, **options)
@@ -71,12 +85,6 @@ class _Recurrent(Composed):
 
     def _options(self) -> dict[str, Any]:
         return {}
-
-    def _shape(self, x: Any) -> tuple[int, ...]:
-        shape = jnp.shape(x)
-        if len(shape) != 3:
-            raise ValueError(f"{self.name}: x has {len(shape)} dimensions, expected [batch, time, features] (x {shape}).")
-        return shape
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -123,6 +131,7 @@ class Gru(_Recurrent):
 
     op = staticmethod(ops.gru)
     gates = 3
+    _leaves = (*_LEAVES, "recurrent_bias")
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
         params, state = super().init(key, x)
@@ -145,19 +154,20 @@ class Bidirectional(Composed):
 
     def __post_init__(self) -> None:
         for layer in (self.forward_layer, self.backward_layer):
-            if not hasattr(layer, "reverse"):
+            if not isinstance(layer, Layer) or not hasattr(layer, "reverse"):
                 raise TypeError(f"Bidirectional: expected recurrent layers, such as Lstm(64), got {layer!r}.")
         if self.merge not in ("concatenate", "sum"):
             raise ValueError(f"Bidirectional: merge is {self.merge!r}, expected 'concatenate' or 'sum'.")
         set_option(self, "backward_layer", dataclasses.replace(self.backward_layer, reverse=True))
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
-        one, two = jax.random.split(key)
+        one, two = split_key("Bidirectional.init", key)
         return {"forward": self.forward_layer.init(one, x)[0], "backward": self.backward_layer.init(two, x)[0]}, ()
 
     def apply(
         self, params: Params, x: ArrayLike, state: State = (), key: Any = None, train: bool = False, **options: Any
     ) -> tuple[jax.Array, State]:
+        require_params(self, params, ("forward", "backward"))
         there, _ = self.forward_layer.apply(params["forward"], x, **options)
         back, _ = self.backward_layer.apply(params["backward"], x, **options)
         return jnp.concatenate([there, back], -1) if self.merge == "concatenate" else there + back, state
@@ -188,8 +198,8 @@ class ConvLstm(Composed):
         require_positive(self.name, features=self.features, **{f"kernel_size[{i}]": k for i, k in enumerate(self.kernel_size)})
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
-        width, n = self._shape(x)[-1], self.features
-        one, two, three = jax.random.split(key, 3)
+        one, two, three = split_key("ConvLstm.init", key, 3)
+        width, n = _shape(self, x, "*space", "channels", space=len(self.kernel_size))[-1], self.features
         return {
             "kernel": self.kernel_init(one, (*self.kernel_size, width, 4 * n), self.param_dtype),
             "recurrent_kernel": self.kernel_init(two, (*self.kernel_size, n, 4 * n), self.param_dtype),
@@ -199,12 +209,18 @@ class ConvLstm(Composed):
     def apply(
         self, params: Params, x: ArrayLike, state: State = (), key: Any = None, train: bool = False
     ) -> tuple[jax.Array, State]:
-        self._shape(x)
+        _shape(self, x, "*space", "channels", space=len(self.kernel_size))
+        require_params(self, params, _LEAVES)
         x, weights = promoted(self.dtype, jnp.asarray(x), params)
         return conv_lstm(x.swapaxes(0, 1), **weights, reverse=self.reverse)[0].swapaxes(0, 1), state
 
-    def _shape(self, x: Any) -> tuple[int, ...]:
-        shape = jnp.shape(x)
-        if len(shape) != len(self.kernel_size) + 3:
-            raise ValueError(f"ConvLstm: x {shape} has {len(shape)} dimensions, expected [batch, time, *space, channels].")
-        return shape
+
+def _shape(layer: Layer, x: Any, *names: str, space: int = 0) -> tuple[int, ...]:
+    """The shape of a sequence; refuses what does not have batch, time, so many axes of space, and features."""
+    shape = shape_of(layer.name, x)
+    if len(shape) != 3 + space:
+        expected = ", ".join(("batch", "time", *names))
+        raise ValueError(f"{layer.name}: x has {len(shape)} dimensions, expected [{expected}] (x {shape}).")
+    if not shape[-1]:
+        raise ValueError(f"{layer.name}: the last axis of x has no elements (x {shape}).")
+    return shape

@@ -14,16 +14,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from fbackprop.layers.base import Layer, Params, State
-from fbackprop.layers.combinators import as_layer
+from fbackprop.layers.base import Layer, Params, State, array_of, float_type, fold_key, shape_of, split_key
+from fbackprop.layers.combinators import as_layer, entries, inside, together
 from fbackprop.layers.composed import Composed
 from fbackprop.layers.linear import require_positive
 
 __all__ = ["Named", "Parallel", "Remat", "Repeat", "named", "parallel", "remat", "repeat"]
-
-
-def _fold(key: Any, i: int) -> Any:
-    return None if key is None else jax.random.fold_in(key, i)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -38,29 +34,26 @@ class Parallel(Composed):
         return f"parallel({', '.join(map(repr, self.layers))}{how})"
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
-        made = [layer.init(_fold(key, i), x) for i, layer in enumerate(self.layers)]
-        states = tuple(state for _, state in made)
-        return {"layers": tuple(p for p, _ in made)}, {"layers": states} if any(s != () for s in states) else ()
+        made = []
+        for i, layer in enumerate(self.layers):
+            with inside("parallel", i, layer):
+                made.append(layer.init(fold_key("parallel", key, i), x))
+        return {"layers": tuple(p for p, _ in made)}, together([state for _, state in made])
 
     def apply(
         self, params: Params, x: ArrayLike, state: State = (), key: Any = None, train: bool = False
     ) -> tuple[jax.Array, State]:
-        n = len(self.layers)
-        if not isinstance(params, dict) or set(params) != {"layers"} or len(params["layers"]) != n:
-            raise ValueError(f"parallel: params do not have {{'layers': …}} with {n} entries, as init gave.")
-        before = state["layers"] if isinstance(state, dict) else ((),) * n
-        found = [
-            layer.apply(own, x, old, _fold(key, i), train)
-            for i, (layer, own, old) in enumerate(zip(self.layers, params["layers"], before))
-        ]
-        ys, states = [y for y, _ in found], tuple(s for _, s in found)
-        if self.merge == "concatenate":
-            y = jnp.concatenate(ys, -1)
-        elif len({y.shape for y in ys}) > 1:
-            raise ValueError(f"parallel: outputs of {[y.shape for y in ys]} have no sum; expected one shape.")
-        else:
-            y = sum(ys[1:], ys[0])
-        return y, {"layers": states} if any(s != () for s in states) else ()
+        ys, states = [], []
+        for i, (layer, own, old) in enumerate(entries("parallel", self.layers, params, state)):
+            with inside("parallel", i, layer):
+                y, new = layer.apply(own, x, old, fold_key("parallel", key, i), train)
+            ys.append(y)
+            states.append(new)
+        side_by_side = self.merge == "concatenate"
+        if len({y.shape[: -1 if side_by_side else None] for y in ys}) > 1:
+            got, but = [y.shape for y in ys], " but for the last axis" if side_by_side else ""
+            raise ValueError(f"parallel: outputs of {got} do not fit merge={self.merge!r}; expected one shape{but}.")
+        return jnp.concatenate(ys, -1) if side_by_side else sum(ys[1:], ys[0]), together(states)
 
 
 def parallel(*layers: Any, merge: str = "concatenate") -> Parallel:
@@ -89,8 +82,8 @@ class Repeat(Composed):
         return f"repeat({self.layer!r}, {self.times})"
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
-        x = jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-        params, state = jax.vmap(lambda k: self.layer.init(k, x))(jax.random.split(key, self.times))
+        x = jax.ShapeDtypeStruct(shape_of("repeat", x), float_type(x))
+        params, state = jax.vmap(lambda k: self.layer.init(k, x))(split_key("repeat", key, self.times))
         one = jax.tree.map(lambda leaf: leaf[0], (params, state))
         y = jax.eval_shape(self.layer, one[0], x, one[1])
         if y.shape != x.shape:
@@ -100,14 +93,18 @@ class Repeat(Composed):
     def apply(
         self, params: Params, x: ArrayLike, state: State = (), key: Any = None, train: bool = False
     ) -> tuple[jax.Array, State]:
-        keys = None if key is None else jax.random.split(key, self.times)
+        if bad := [jnp.shape(leaf) for leaf in jax.tree.leaves((params, state)) if jnp.shape(leaf)[:1] != (self.times,)]:
+            raise ValueError(f"repeat: a leaf of params or state has shape {bad[0]}, expected a leading axis of {self.times}.")
+        keys = None if key is None else split_key("repeat", key, self.times)
+        x = array_of("repeat", x)
+        x = x.astype(float_type(x))  # each turn has its dtype
 
         def body(x: jax.Array, given: Any) -> tuple[jax.Array, State]:
             own, old, k = given
             y, new = self.layer.apply(own, x, old, k, train)
             return y.astype(x.dtype), new
 
-        return jax.lax.scan(body, jnp.asarray(x), (params, state, keys), length=self.times)
+        return jax.lax.scan(body, x, (params, state, keys), length=self.times)
 
 
 def repeat(layer: Any, times: int) -> Repeat:

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from fbackprop import ops
 from fbackprop.compositions.linear import spectral_norm
-from fbackprop.layers.base import Initializer, Layer, Params, State, set_option, tuples
+from fbackprop.layers.base import Initializer, Layer, Params, State, require_params, set_option, split_key, tuples
 from fbackprop.layers.composed import Composed
 from fbackprop.ops._arithmetic import canonical_axes
 
@@ -39,11 +39,6 @@ class _Wrapper(Composed):
             return change(path, leaf) if self._is_meant(path, leaf) else leaf
 
         return jax.tree_util.tree_map_with_path(one, params)
-
-    def _require(self, params: Any, *names: str) -> None:
-        if not isinstance(params, dict) or set(params) != set(names):
-            got = sorted(params) if isinstance(params, dict) else type(params).__name__
-            raise ValueError(f"{self.name}: params has {got}, expected {sorted(names)}, as init gave (layer {self!r}).")
 
 
 def _path(keys: Any) -> str:
@@ -76,13 +71,15 @@ class WeightNorm(_Wrapper):
     def __post_init__(self) -> None:
         self._require_layer()
         set_option(self, "feature_axes", tuples(self.feature_axes))
+        if isinstance(self.variable_filter, str):
+            raise TypeError(f"WeightNorm: variable_filter is {self.variable_filter!r}, expected words, such as ('kernel',).")
         set_option(self, "variable_filter", None if self.variable_filter is None else tuple(self.variable_filter))
 
     def _is_meant(self, path: str, leaf: Any) -> bool:
         return self.variable_filter is None or any(word in path for word in self.variable_filter)
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
-        one, two = jax.random.split(key)
+        one, two = split_key(f"{self.name}.init", key)
         inner, state = self.layer_instance.init(one, x)
         if not self.use_scale:
             return {"layer": inner}, state
@@ -99,7 +96,7 @@ class WeightNorm(_Wrapper):
     def apply(
         self, params: Params, x: ArrayLike, state: State = (), key: Any = None, train: bool = False
     ) -> tuple[jax.Array, State]:
-        self._require(params, "layer", *(["scale"] if self.use_scale else []))
+        require_params(self, params, ("layer", "scale") if self.use_scale else ("layer",))
         scale: Any = params.get("scale", {})
 
         def change(path: str, v: Any) -> Any:
@@ -135,7 +132,7 @@ class SpectralNorm(_Wrapper):
         return jnp.ndim(leaf) > 1
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
-        one, two = jax.random.split(key)
+        one, two = split_key(f"{self.name}.init", key)
         params, state = self.layer_instance.init(one, x)
         chosen = self._chosen(params)
         keys = jax.random.split(two, max(len(chosen), 1))
@@ -147,6 +144,9 @@ class SpectralNorm(_Wrapper):
     ) -> tuple[jax.Array, State]:
         if not isinstance(state, dict) or set(state) != {"layer", "u", "sigma"}:
             raise ValueError(f"SpectralNorm: state is {state!r}, expected layer, u and sigma, as init gave; pass state=state.")
+        if set(self._chosen(params)) != set(state["u"]):
+            got, expected = sorted(self._chosen(params)), sorted(state["u"])
+            raise ValueError(f"SpectralNorm: params has the kernels {got}, those of the state are {expected} (layer {self!r}).")
         new: dict[str, dict[str, Any]] = {"u": {}, "sigma": {}}
 
         def change(path: str, kernel: Any) -> Any:

@@ -17,7 +17,7 @@ from jax.nn import initializers
 from jax.typing import ArrayLike
 
 from fbackprop import ops
-from fbackprop.layers.base import Params, State
+from fbackprop.layers.base import Params, State, split_key
 from fbackprop.layers.linear import require_positive
 from fbackprop.models.transformer import Transformer, rotated
 
@@ -61,7 +61,7 @@ class GPT(Transformer):
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
         self._require_tokens("init", x)
-        table, other, blocks, head = jax.random.split(key, 4)
+        table, other, blocks, head = split_key(f"{self.name}.init", key, 4)
         normal, dtype = initializers.normal(self.init_std), self.param_dtype
         params: Params = {"embed": {"embedding": normal(table, (self.vocabulary, self.width), dtype)}}
         if self.positions == "learned":

@@ -50,9 +50,11 @@ def from_flax(model: Layer, variables: Any, names: Sequence[str] | None = None) 
       ``(params, state)``, of the structure that ``model.init`` gives.
     Raises:
       ValueError: where no module fits a layer, modules are left over, leaves are missing or of another shape, or more
-        than one assignment fits. TypeError: where ``variables`` is no mapping.
+        than one assignment fits. TypeError: where ``model`` is no layer, or ``variables`` no mapping.
     """
     modules = _modules(variables)
+    if not isinstance(model, Layer):
+        raise TypeError(f"from_flax: expected a layer or model of fbackprop, got {getattr(model, '__name__', repr(model))}.")
     if names is not None:
         modules = _in_order(modules, [names] if isinstance(names, str) else list(names), len(list(_slots(model))))
     search = _Search(named=names is not None)

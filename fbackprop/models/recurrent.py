@@ -9,7 +9,7 @@ from jax.nn import initializers
 from jax.typing import ArrayLike
 
 from fbackprop import ops
-from fbackprop.layers.base import Params, State
+from fbackprop.layers.base import Params, State, split_key
 from fbackprop.layers.composed import Composed
 from fbackprop.layers.linear import require_positive
 
@@ -31,7 +31,7 @@ class LstmLM(Composed):
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
         self._require_tokens(x)
-        table, head, *keys = jax.random.split(key, 2 + self.layers)
+        table, head, *keys = split_key(f"{self.name}.init", key, 2 + self.layers)
         width, dtype = self.width, self.param_dtype
         bias = jnp.zeros((4, width), dtype).at[1].set(1).reshape(-1)  # the forget gate begins open
 

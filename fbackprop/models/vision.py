@@ -14,7 +14,7 @@ from jax.nn import initializers
 from jax.typing import ArrayLike
 
 from fbackprop import ops
-from fbackprop.layers.base import Params, State, float_type
+from fbackprop.layers.base import Params, State, float_type, split_key
 from fbackprop.layers.linear import require_positive
 from fbackprop.models.transformer import Transformer
 
@@ -46,7 +46,7 @@ class ViT(Transformer):
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
         self._require_images(x)
-        patches, position, blocks = jax.random.split(key, 3)
+        patches, position, blocks = split_key(f"{self.name}.init", key, 3)
         width, dtype, inputs = self.width, self.param_dtype, self.patch**2 * self.channels
         return {
             "patches": {

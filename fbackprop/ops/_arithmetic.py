@@ -1,11 +1,13 @@
 """Small arithmetic that several derivations share. Nothing here is an op."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 
@@ -33,6 +35,19 @@ def require_float(who: str, **arrays: ArrayLike | None) -> None:
             raise TypeError(f"{who}: {name} must be of a floating-point dtype, got {jnp.result_type(array)}.")
 
 
+def require_between(who: str, least: float, most: float, **numbers: Any) -> None:
+    """Refuses Python numbers that are not from ``least`` to ``most``, by name; NaN among them."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not least <= value <= most:
+            expected = f"a number from {least:g}" + (f" to {most:g}" if most < float("inf") else "")
+            raise ValueError(f"{who}: {name} is {value!r}, expected {expected}.")
+
+
+def require_epsilon(who: str, epsilon: Any) -> None:
+    """Refuses what is added below a root or a quotient, where it is no number from 0."""
+    require_between(who, 0.0, float("inf"), epsilon=epsilon)
+
+
 def shapes(**arrays: Any) -> str:
     """``x (32, 5), kernel (7, 10)``, for messages."""
     return ", ".join(f"{name} {jnp.shape(a)}" for name, a in arrays.items() if a is not None)
@@ -40,11 +55,14 @@ def shapes(**arrays: Any) -> str:
 
 def canonical_axes(who: str, axis: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     """``axis`` as sorted indices from the front; None means all."""
-    axes = range(ndim) if axis is None else ((axis,) if isinstance(axis, int) else tuple(axis))
+    try:
+        axes = range(ndim) if axis is None else [operator.index(a) for a in (axis if isinstance(axis, Sequence) else [axis])]
+    except TypeError:
+        raise TypeError(f"{who}: axis is {axis!r}, expected an integer, a tuple of integers or None.") from None
     if bad := [a for a in axes if not -ndim <= a < ndim]:
         raise ValueError(f"{who}: axis {bad[0]} is out of range for an array with {ndim} dimensions.")
     found = sorted({a % ndim for a in axes})
-    if len(found) != len(tuple(axes)):
+    if len(found) != len(axes):
         raise ValueError(f"{who}: axis {axis} names a dimension twice.")
     return tuple(found)
 

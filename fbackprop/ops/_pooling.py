@@ -251,16 +251,23 @@ def images(inputs: jax.Array, windows: Windows) -> jax.Array:
     return batched(inputs, len(windows.out) + 1)
 
 
+def require_sizes(who: str, option: str, sizes: Any, such_as: str) -> None:
+    """Refuses an option that does not name a size for each spatial dimension, such as a single number."""
+    if not isinstance(sizes, (tuple, list)) or not sizes:
+        raise ValueError(f"{who}: {option} must name a size for each spatial dimension, such as {such_as}; got {sizes!r}.")
+
+
+def _dimensions(who: str, option: str, sizes: Any, such_as: str, shape: Sequence[int]) -> int:
+    """How many spatial dimensions an option has a size for; refuses what has none, and images with fewer."""
+    require_sizes(who, option, sizes, such_as)
+    if len(shape) < len(sizes) + 1:
+        given = f"{len(sizes)} spatial dimensions, got inputs {tuple(shape)}"
+        raise ValueError(f"{who}: inputs must be [..., *spatial, features] with {given}.")
+    return len(sizes)
+
+
 def sliding(who: str, shape: Sequence[int], window_shape: Any, strides: Any, padding: Padding, window_dilation: Any) -> Sliding:
-    if isinstance(window_shape, int) or not window_shape:
-        raise ValueError(
-            f"{who}: window_shape must name a size for each spatial dimension, such as (2, 2); got {window_shape!r}."
-        )
-    dims = len(window_shape)
-    if len(shape) < dims + 1:
-        raise ValueError(
-            f"{who}: inputs must be [..., *spatial, features] with {dims} spatial dimensions, got inputs {tuple(shape)}."
-        )
+    dims = _dimensions(who, "window_shape", window_shape, "(2, 2)", shape)
     taps = per_dimension(who, "window_shape", window_shape, dims)
     steps = per_dimension(who, "strides", strides, dims)
     dilation = per_dimension(who, "window_dilation", window_dilation, dims)
@@ -273,15 +280,7 @@ def sliding(who: str, shape: Sequence[int], window_shape: Any, strides: Any, pad
 
 
 def adaptive(who: str, shape: Sequence[int], output_size: Any) -> Windows:
-    if isinstance(output_size, int) or not output_size:
-        raise ValueError(
-            f"{who}: output_size must name a size for each spatial dimension, such as (7, 7); got {output_size!r}."
-        )
-    dims = len(output_size)
-    if len(shape) < dims + 1:
-        raise ValueError(
-            f"{who}: inputs must be [..., *spatial, features] with {dims} spatial dimensions, got inputs {tuple(shape)}."
-        )
+    dims = _dimensions(who, "output_size", output_size, "(7, 7)", shape)
     out, spatial = per_dimension(who, "output_size", output_size, dims), tuple(shape[-1 - dims : -1])
     check_fits(who, spatial, (1,) * dims, ((0, 0),) * dims)
     if all(n % o == 0 for n, o in zip(spatial, out)):  # equal windows, side by side

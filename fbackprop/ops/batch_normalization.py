@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.ops import _normalizing as norm
-from fbackprop.ops._arithmetic import count, nbytes, require_float, shapes, wide, wide_type
+from fbackprop.ops._arithmetic import count, nbytes, require_between, require_epsilon, require_float, shapes, wide, wide_type
 from fbackprop.rules import Static, rule
 from fbackprop.samples import mask, normal, positive, sample
 
@@ -238,6 +238,8 @@ def batch_norm(
     where = None if where is None else jnp.asarray(where)
     if x.ndim < 2:
         raise ValueError(f"batch_norm: x must be [batch, …, features], got {shapes(x=x)}.")
+    require_epsilon("batch_norm", epsilon)
+    require_between("batch_norm", 0.0, 1.0, momentum=momentum)
     norm.check("batch_norm", x, x.shape[-1:], where, scale=scale, bias=bias, mean=mean, var=var)
     if train and count(x.shape, range(x.ndim - 1)) == 0:
         raise ValueError(f"batch_norm: no elements to average over ({shapes(x=x)}).")

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, wide, wide_type, with_bias
+from fbackprop.ops._arithmetic import batched, nbytes, require_epsilon, require_float, shapes, wide, wide_type, with_bias
 from fbackprop.ops._matrices import outer_sum, product, product_transposed, row_sum
 from fbackprop.ops._normalizing import tied
 from fbackprop.ops._order import again, in_turn
@@ -191,6 +191,7 @@ def norm_dense(
       ValueError: where shapes do not fit or norm is neither. TypeError: where an array is not floating-point.
     Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450; Zhang & Sennrich 2019, arXiv:1910.07467.
     """
+    require_epsilon("norm_dense", epsilon)
     _check("norm_dense", x, norm, scale=scale, norm_bias=norm_bias)
     require_float("norm_dense", kernel=kernel, bias=bias)
     if jnp.ndim(kernel) != 2:
@@ -280,6 +281,7 @@ def residual_norm(
       ValueError: where shapes do not fit or norm is neither. TypeError: where an array is not floating-point.
     Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450; Zhang & Sennrich 2019, arXiv:1910.07467.
     """
+    require_epsilon("residual_norm", epsilon)
     _check("residual_norm", x, norm, scale=scale, bias=bias)
     require_float("residual_norm", residual=residual)
     if jnp.shape(x) != jnp.shape(residual):

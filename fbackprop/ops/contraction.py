@@ -40,7 +40,10 @@ class Letters(NamedTuple):
 
 def letters_of(who: str, einsum_str: str, x: Any, kernel: Any) -> Letters:
     """Raises ValueError where the equation does not describe such a map, or does not fit the shapes."""
-    text, given = einsum_str.replace(" ", ""), f"({einsum_str!r}, {shapes(x=x, kernel=kernel)})"
+    given = f"({einsum_str!r}, {shapes(x=x, kernel=kernel)})"
+    if not isinstance(einsum_str, str):
+        raise TypeError(f"einsum_dense: expected an equation such as 'abc,cd->abd' {given}.")
+    text = einsum_str.replace(" ", "")
     inputs, arrow, y = text.partition("->")
     left, comma, right = inputs.partition(",")
     if not arrow or not comma or "," in right:

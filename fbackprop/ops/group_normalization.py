@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.ops import _normalizing as norm
-from fbackprop.ops._arithmetic import count, nbytes, require_float, shapes, wide, wide_type
+from fbackprop.ops._arithmetic import count, nbytes, require_epsilon, require_float, shapes, wide, wide_type
 from fbackprop.rules import rule
 from fbackprop.samples import mask, normal, sample
 
@@ -178,6 +178,7 @@ def group_norm(
       ValueError: where the groups do not divide the channels, or shapes do not fit.
     Source: Wu & He 2018, arXiv:1803.08494.
     """
+    require_epsilon("group_norm", epsilon)
     _check("group_norm", x, scale, bias, where)
     return _definition(x, scale, bias, _groups(jnp.shape(x)[-1], num_groups, group_size), epsilon, where)
 
@@ -222,5 +223,6 @@ def instance_norm(
       ValueError: where shapes do not fit.
     Source: Ulyanov, Vedaldi & Lempitsky 2016, arXiv:1607.08022.
     """
+    require_epsilon("instance_norm", epsilon)
     _check("instance_norm", x, scale, bias, where)
     return _definition(x, scale, bias, jnp.shape(x)[-1], epsilon, where)

@@ -27,7 +27,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.ops import _normalizing as norm
-from fbackprop.ops._arithmetic import canonical_axes, float_type, nbytes, require_float, sum_to, wide, wide_type
+from fbackprop.ops._arithmetic import (
+    canonical_axes,
+    float_type,
+    nbytes,
+    require_epsilon,
+    require_float,
+    sum_to,
+    wide,
+    wide_type,
+)
 from fbackprop.rules import rule
 from fbackprop.samples import constant, normal, positive, sample
 
@@ -191,6 +200,7 @@ def l2_normalize(x: ArrayLike, axis: int | Sequence[int] | None = -1, epsilon: f
       TypeError: where x is not of floating-point numbers. ValueError: where an axis is out of range.
     """
     require_float("l2_normalize", x=x)
+    require_epsilon("l2_normalize", epsilon)
     x_ = wide(x)
     square = jnp.sum(jnp.square(x_), canonical_axes("l2_normalize", axis, x_.ndim), keepdims=True)
     return (x_ * jax.lax.rsqrt(jnp.maximum(square, epsilon))).astype(jnp.result_type(x))
@@ -251,6 +261,7 @@ def weight_norm(
     """
     require_float("weight_norm", v=v, scale=scale)
     features, axes = _reduced(v, feature_axes)
+    require_epsilon("weight_norm", epsilon)
     norm.check("weight_norm", jnp.asarray(v), tuple(jnp.shape(v)[a] for a in features), None, scale=scale)
     v_ = wide(v)
     unit = v_ * jax.lax.rsqrt(jnp.sum(jnp.square(v_), axes, keepdims=True) + epsilon)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.ops import _normalizing as norm
-from fbackprop.ops._arithmetic import canonical_axes, nbytes, require_float, wide, wide_type
+from fbackprop.ops._arithmetic import canonical_axes, nbytes, require_epsilon, require_float, wide, wide_type
 from fbackprop.rules import rule
 from fbackprop.samples import mask, normal, sample
 
@@ -156,6 +156,7 @@ def layer_norm(
     x = jnp.asarray(x)
     where = None if where is None else jnp.asarray(where)
     axes = canonical_axes("layer_norm", axis, x.ndim)
+    require_epsilon("layer_norm", epsilon)
     norm.check("layer_norm", x, tuple(x.shape[a] for a in axes), where, scale=scale, bias=bias)
     mean, rstd = norm.statistics(wide(x), axes, where, epsilon)
     y = norm.scaled((wide(x) - mean) * rstd, norm.along(axes, scale, x.ndim), norm.along(axes, bias, x.ndim))
@@ -205,6 +206,7 @@ def rms_norm(
     x = jnp.asarray(x)
     where = None if where is None else jnp.asarray(where)
     axes = canonical_axes("rms_norm", axis, x.ndim)
+    require_epsilon("rms_norm", epsilon)
     norm.check("rms_norm", x, tuple(x.shape[a] for a in axes), where, scale=scale)
     n = norm.number(where, x, axes)
     square = norm.average(jnp.sum(norm.counted(where, jnp.square(wide(x))), axes, keepdims=True), n)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.ops import _normalizing as norm
-from fbackprop.ops._arithmetic import canonical_axes, nbytes, require_float, shapes, sum_to, wide, wide_type
+from fbackprop.ops._arithmetic import canonical_axes, nbytes, require_epsilon, require_float, shapes, sum_to, wide, wide_type
 from fbackprop.rules import Static, rule
 from fbackprop.samples import mask, normal, positive, sample
 
@@ -160,6 +160,7 @@ def standardize(
     if algorithm not in ("fast", "stable"):
         raise ValueError(f"standardize: algorithm is {algorithm!r}, expected 'fast' or 'stable'.")
     x, where = jnp.asarray(x), None if where is None else jnp.asarray(where)
+    require_epsilon("standardize", epsilon)
     norm.check("standardize", x, (), where)
     for name, given in (("mean", mean), ("variance", variance)):
         if given is not None and not _fits(jnp.shape(given), x.shape):
