@@ -7,7 +7,8 @@ poly_loss_cross_entropy on logits z, each row, with p = softmax(z) and m = Σ t 
     dz = (p Σ t − t + ε p (m − t)) dL      dt = (−log p + ε (1 − p)) dL      dε = Σ t (1 − p) dL
 
 (∂p_j/∂z_k = p_j (δ_jk − p_k), so the second term sends back −ε Σ_j t_j p_j (δ_jk − p_k) = −ε p_k (t_k − m).) Where p is near
-1, 1 − p is −expm1(log p). A label of 0 at a logit of −inf costs nothing.
+1, 1 − p is −expm1(log p). A label of 0 at a logit of −inf costs nothing. The forward keeps the sums that it has at hand, m for
+dz and dL / dε, so that the backward needs but one, Σ t, and writes nothing to memory between logits and cotangents.
 
 smooth_labels:
 
@@ -37,6 +38,8 @@ Axis = int | Sequence[int] | None
 class _PolySaved(NamedTuple):
     logits: jax.Array
     normalizer: Normalizer
+    mean: jax.Array  # m
+    slope: jax.Array  # Σ t (1 − p), which dε is made of
     labels: jax.Array
     epsilon: jax.Array
     where: jax.Array | None
@@ -46,7 +49,7 @@ class _Poly(NamedTuple):
     """Of each class, with the classes that are left out as if they were not there."""
 
     log_p: jax.Array  # 0 where p = 0 and the label is 0: those count nothing
-    p: jax.Array
+    e: jax.Array  # exp(z − max z), of which p is a share
     rest: jax.Array  # 1 − p
     labels: jax.Array
 
@@ -58,17 +61,21 @@ def _poly_parts(logits: ArrayLike, labels: ArrayLike, normalizer: Normalizer, wh
     unlikely = (t == 0) & (z == -jnp.inf)
     unlikely = unlikely if where is None else unlikely | ~where
     log_p = jnp.where(unlikely, 0, log_p)
-    p = jnp.where(unlikely, 0, jnp.exp(log_p))
-    return _Poly(log_p, p, jnp.where(unlikely, 1, -jnp.expm1(log_p)), t)
+    inside = z if where is None else jnp.where(where, z, -jnp.inf)
+    return _Poly(log_p, jnp.exp(inside - normalizer.top), jnp.where(unlikely, 1, -jnp.expm1(log_p)), t)
 
 
 def _poly(
     logits: ArrayLike, labels: ArrayLike, epsilon: ArrayLike, axis: Axis, where: jax.Array | None
-) -> tuple[jax.Array, Normalizer]:
+) -> tuple[jax.Array, Normalizer, jax.Array, jax.Array]:
+    """The loss, what probabilities are made of, Σ t p and Σ t (1 − p)."""
     normalizer = log_normalizer(jnp.asarray(logits), axis, where)
-    log_p, _, rest, t = _poly_parts(logits, labels, normalizer, where)
-    value = jnp.sum(-t * log_p, axis) + wide(epsilon) * jnp.sum(t * rest, axis)
-    return value.astype(float_type(logits, labels, epsilon)), normalizer
+    log_p, e, rest, t = _poly_parts(logits, labels, normalizer, where)
+    weight = wide(epsilon)
+    each = weight if weight.ndim == 0 else jnp.expand_dims(weight, canonical_axes("", axis, jnp.ndim(logits)))
+    value = jnp.sum(t * (each * rest - log_p), axis)
+    mean = jnp.sum(t * e, axis, keepdims=True) / normalizer.total
+    return value.astype(float_type(logits, labels, epsilon)), normalizer, mean, jnp.sum(t * rest, axis)
 
 
 def _rows_too(where: ArrayLike | None, logits: ArrayLike, axis: Axis) -> jax.Array | None:
@@ -83,20 +90,21 @@ def _poly_forward(
     logits: ArrayLike, labels: ArrayLike, *, epsilon: ArrayLike = 2.0, axis: Axis = -1, where: ArrayLike | None = None
 ) -> tuple[jax.Array, _PolySaved]:
     mask = _rows_too(where, logits, axis)
-    value, normalizer = _poly(logits, labels, epsilon, axis, mask)
-    return value, _PolySaved(jnp.asarray(logits), normalizer, jnp.asarray(labels), jnp.asarray(epsilon), mask)
+    value, normalizer, mean, slope = _poly(logits, labels, epsilon, axis, mask)
+    given = jnp.asarray(labels), jnp.asarray(epsilon)
+    return value, _PolySaved(jnp.asarray(logits), normalizer, mean, slope, *given, mask)
 
 
 def _poly_backward(saved: _PolySaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
-    logits, normalizer, labels, epsilon, where = saved
+    logits, normalizer, mean, slope, labels, epsilon, where = saved
     axes = canonical_axes("", axis, logits.ndim)
-    log_p, p, rest, t = _poly_parts(logits, labels, normalizer, where)
-    g, e = (jnp.expand_dims(jnp.broadcast_to(wide(v), dy.shape), axes) for v in (dy, epsilon))
-    # In two differences, each of which is exactly 0 where there is a single class.
-    plain = p * jnp.sum(t, axes, keepdims=True) - t
-    dlogits = (plain + e * p * (jnp.sum(t * p, axes, keepdims=True) - t)) * g
-    dlabels = (e * rest - log_p) * g
-    depsilon = jnp.sum(t * rest, axes) * wide(dy)
+    log_p, e, rest, t = _poly_parts(logits, labels, normalizer, where)
+    g, weight = (jnp.expand_dims(jnp.broadcast_to(wide(v), dy.shape), axes) for v in (dy, epsilon))
+    # In two differences, each of which is exactly 0 where there is a single class. What a row has one of is divided first.
+    plain = e * (jnp.sum(t, axes, keepdims=True) / normalizer.total) - t
+    dlogits = (plain + e * (weight / normalizer.total) * (mean - t)) * g
+    dlabels = (weight * rest - log_p) * g
+    depsilon = slope * wide(dy)
     if where is not None:
         dlogits, dlabels = (jnp.where(where, d, 0) for d in (dlogits, dlabels))
     return sum_to(dlogits, logits.shape), sum_to(dlabels, labels.shape), sum_to(depsilon, epsilon.shape), None
@@ -112,8 +120,8 @@ def _poly_backward(saved: _PolySaved, dy: jax.Array, *, axis: Axis) -> tuple[Any
         sample(impossible(-jnp.inf, 6, 5), impossible(0.0, 6, 5)),
     ],
     workloads=[sample(normal(1024, 50257), probabilities(1024, 50257))],
-    keeps="logits, labels, two numbers a row",
-    minimum=lambda logits, labels, where, y: nbytes(logits, labels, where) + 2 * y.size * wide_type(logits).itemsize + 4,
+    keeps="logits, labels, three numbers a row; one more where epsilon is differentiated",
+    minimum=lambda logits, labels, where, y: nbytes(logits, labels, where) + 3 * y.size * wide_type(logits).itemsize + 4,
 )
 def poly_loss_cross_entropy(
     logits: ArrayLike, labels: ArrayLike, *, epsilon: ArrayLike = 2.0, axis: Axis = -1, where: ArrayLike | None = None

@@ -11,11 +11,11 @@
 
 with lse(z) = log Σ exp(z) = m + log s, m = max z, s = Σ exp(z − m), and p = softmax(z) = exp(z − m) / s. The difference
 "what was predicted minus what was wanted" is the first factor of every backward pass, and all that the squared errors keep.
-So does the sigmoid BCE: σ(z) − t, and z only where labels are differentiated. The softmax cross-entropies keep one array of
-the size of the logits and two numbers a row. With soft labels these are the logits, and m and s. With integer labels they are
-exp(z − m), so that the backward only multiplies, s, and p[t] − 1 = exp(−L) − 1 for the label's own element, which as the
-difference of a rounded p and 1 would lose its digits. A logit of +inf takes the probability of its row, which receives a
-gradient of 0. Sums are in float32 or wider.
+So does the sigmoid BCE: σ(z) − t, and z only where labels are differentiated. The softmax cross-entropies keep exp(z − m), so
+that the backward only multiplies, and two numbers a row. With integer labels these are s, and p[t] − 1 = exp(−L) − 1 for the
+label's own element, which as the difference of a rounded p and 1 would lose its digits. With soft labels m and s, and z too
+where labels are differentiated; below float32 z alone, for the same reason. A logit of +inf takes the probability of its row,
+which receives a gradient of 0. Sums are in float32 or wider.
 """
 
 import math
@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import canonical_axes, float_type, nbytes, require_float, shapes, sum_to, wide, wide_type
-from fbackprop.ops.probabilities import Normalizer, log_normalizer
+from fbackprop.ops._arithmetic import canonical_axes, count, float_type, nbytes, require_float, shapes, sum_to, wide, wide_type
+from fbackprop.ops.probabilities import Normalizer, highest, log_normalizer
 from fbackprop.rules import rule
 from fbackprop.samples import constant, impossible, mask, normal, probabilities, sample, uniform
 from fbackprop.samples import labels as integer_labels
@@ -234,7 +234,7 @@ def _chosen(shape: Sequence[int], labels: jax.Array, axes: tuple[int, ...]) -> j
 
 def _at_labels(array: jax.Array, labels: jax.Array, axes: tuple[int, ...], beyond: Any) -> jax.Array:
     """The label's element of each row of an array of the shape of the logits."""
-    last = jnp.moveaxis(array, axes, range(array.ndim - len(axes), array.ndim)).reshape(*labels.shape, -1)
+    last = jnp.moveaxis(array, axes, range(array.ndim - len(axes), array.ndim)).reshape(*labels.shape, count(array.shape, axes))
     return jnp.take_along_axis(last, labels[..., None], axis=-1, mode="fill", fill_value=beyond)[..., 0]
 
 
@@ -326,14 +326,14 @@ def softmax_cross_entropy_with_integer_labels(
     return value.astype(jnp.result_type(logits))
 
 
-def _below_infinity(logits: jax.Array) -> jax.Array:
-    """+inf as the largest number, so that ∞ − ∞ never appears: classes of +inf share all the probability of their row."""
-    return jnp.minimum(logits, jnp.finfo(logits.dtype).max)
+def _most(logits: ArrayLike) -> float:
+    """What +inf counts as, so that ∞ − ∞ never appears: classes of +inf share all the probability of their row."""
+    return float(jnp.finfo(jnp.result_type(logits)).max)
 
 
-def _infinite(normalizer: Normalizer, dtype: Any) -> jax.Array:
+def _infinite(normalizer: Normalizer, logits: ArrayLike) -> jax.Array:
     """Rows with a logit of +inf. Nothing that is finite moves their loss: they receive no cotangent."""
-    return normalizer.top == jnp.finfo(dtype).max.astype(normalizer.top.dtype)
+    return normalizer.top == _most(logits)
 
 
 def _still(value: jax.Array, infinite: jax.Array) -> jax.Array:
@@ -341,54 +341,83 @@ def _still(value: jax.Array, infinite: jax.Array) -> jax.Array:
 
 
 class _SoftSaved(NamedTuple):
-    logits: jax.Array
+    exponentials: jax.Array | None  # in float32 and wider
+    logits: jax.Array  # for dt; below float32 for dz too
     normalizer: Normalizer
     labels: jax.Array
     where: jax.Array | None
 
 
-def _impossible(z: jax.Array, t: jax.Array) -> jax.Array:
-    """A class of weight zero costs nothing, however impossible it is: 0 · ∞ counts as 0."""
-    return (t == 0) & (z == -jnp.inf)
+class _Soft(NamedTuple):
+    value: jax.Array
+    exponentials: jax.Array
+    normalizer: Normalizer
 
 
-def _surprise(z: jax.Array, normalizer: Normalizer, t: jax.Array) -> jax.Array:
-    """lse − z = −log p."""
-    return jnp.where(_impossible(z, t), 0, -normalizer.log_probability(z))
+def _finite(logits: ArrayLike) -> jax.Array:
+    return jnp.minimum(wide(logits), _most(logits))
 
 
-def _soft(logits: ArrayLike, labels: ArrayLike, axis: Any, where: jax.Array | None) -> tuple[jax.Array, Normalizer]:
-    narrow = _below_infinity(jnp.asarray(logits))
-    normalizer = log_normalizer(narrow, axis, where)
-    z, t = wide(narrow), wide(labels)
-    terms = t * _surprise(z, normalizer, t)
+def _exponentials(z: jax.Array, top: jax.Array, where: jax.Array | None) -> jax.Array:
+    """exp(z − m), 0 for classes that are left out, and −0, which is all that tells it from an underflow, for z = −inf."""
+    inside = z if where is None else jnp.where(where, z, -jnp.inf)
+    return jnp.where(z == -jnp.inf, -0.0, jnp.exp(inside - top))
+
+
+def _surprise(z: jax.Array, normalizer: Normalizer, t: jax.Array, weight: jax.Array | int = 1) -> jax.Array:
+    """weight · (lse − z), and lse − z = −log p. A class of label zero costs nothing, however impossible: 0 · ∞ counts as 0."""
+    impossible = (t == 0) & (z == -jnp.inf)
+    # The second choice comes last, so that a weighted sum of this is one array to the compiler, and not the weights and one.
+    return jnp.where(impossible, 0, weight * -normalizer.log_probability(jnp.where(impossible, 0, z)))
+
+
+def _soft(logits: ArrayLike, labels: ArrayLike, axis: Any, where: jax.Array | None) -> _Soft:
+    z, t = _finite(logits), wide(labels)
+    top = highest(jnp.asarray(logits), axis, where, _most(logits))
+    e = _exponentials(z, top, where)
+    total = jnp.sum(e, axis, keepdims=True)
+    normalizer = Normalizer(top, jnp.where(total == 0, 1, total))
+    terms = _surprise(z, normalizer, t, t)
     value = jnp.sum(terms if where is None else jnp.where(where, terms, 0), axis)
-    value = _still(value, _infinite(normalizer, narrow.dtype).reshape(value.shape))
-    return value.astype(float_type(logits, labels)), normalizer
+    value = _still(value, _infinite(normalizer, logits).reshape(value.shape))
+    return _Soft(value.astype(float_type(logits, labels)), e, normalizer)
 
 
 def _soft_forward(
     logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1, where: ArrayLike | None = None
 ) -> tuple[jax.Array, _SoftSaved]:
     where = _class_mask(where, axis, jnp.ndim(logits))
-    value, normalizer = _soft(logits, labels, axis, where)
-    return value, _SoftSaved(jnp.asarray(logits), normalizer, jnp.asarray(labels), where)
+    value, e, normalizer = _soft(logits, labels, axis, where)
+    logits = jnp.asarray(logits)
+    return value, _SoftSaved(e if e.dtype == logits.dtype else None, logits, normalizer, jnp.asarray(labels), where)
 
 
 def _soft_backward(saved: _SoftSaved, dy: jax.Array, *, axis: int | Sequence[int] | None) -> tuple[Any, ...]:
-    logits, normalizer, labels, where = saved
-    z, t = wide(_below_infinity(logits)), wide(labels)
+    e, logits, normalizer, labels, where = saved
+    z, t = _finite(logits), wide(labels)
+    if e is None:
+        e = _exponentials(z, normalizer.top, where)
     g = jnp.expand_dims(wide(dy), canonical_axes("", axis, logits.ndim))
-    g = jnp.where(_infinite(normalizer, logits.dtype), 0, g)
+    g = jnp.where(_infinite(normalizer, logits), 0, g)
     counted = t if where is None else jnp.where(where, t, 0)
-    counted = jnp.where(_impossible(z, t), 0, counted)  # is 0 already, and stays 0 where the backward is differentiated
+    # An impossible class has t = 0, a constant where the backward is differentiated. The compiler sees t itself, and nothing
+    # to be written out before the sum.
+    impossible = jnp.signbit(e)
+    counted = jnp.where((t == 0) & impossible, jax.lax.stop_gradient(counted), counted)
     total = jnp.sum(jnp.broadcast_to(counted, z.shape), axis, keepdims=True)
-    dlogits = (normalizer.probability(z) * total - counted) * g
+    # What each row has one of is divided first: the exponentials, which the compiler has from the forward, meet one factor.
+    dlogits = (jnp.where(impossible, 0, e * (total / normalizer.total)) - counted) * g
     dlabels = _surprise(z, normalizer, t) * g
     if where is not None:
         dlogits, dlabels = jnp.where(where, dlogits, 0), jnp.where(where, dlabels, 0)
     floating = jnp.issubdtype(labels.dtype, jnp.inexact)
     return dlogits, sum_to(dlabels, labels.shape) if floating else None, None
+
+
+def _soft_bytes(logits: Any, labels: Any, where: Any, y: Any) -> int:
+    """Without the exponentials, twice the time of exp is spent."""
+    exponentials = logits if logits.dtype == wide_type(logits) and jnp.issubdtype(labels.dtype, jnp.inexact) else None
+    return nbytes(exponentials, logits, labels, where) + 2 * y.size * wide_type(logits).itemsize
 
 
 @rule(
@@ -406,9 +435,12 @@ def _soft_backward(saved: _SoftSaved, dy: jax.Array, *, axis: int | Sequence[int
         sample(normal(3, 5, 4), impossible(0.0, 3, 5, 4), axis=1),
         sample(normal(6, 5), impossible(0.0, 6, 5), where=mask(6, 5)),
     ],
-    workloads=[sample(normal(1024, 50257), probabilities(1024, 50257))],
-    keeps="logits, labels, two numbers a row",
-    minimum=lambda logits, labels, where, y: nbytes(logits, labels, where) + 2 * y.size * wide_type(logits).itemsize,
+    workloads=[
+        sample(normal(1024, 50257), probabilities(1024, 50257)),
+        sample(normal(1024, 50257), probabilities(1024, 50257), note="labels frozen"),
+    ],
+    keeps="exp(logits − their largest), labels, two numbers a row; logits where labels are differentiated",
+    minimum=_soft_bytes,
 )
 def softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike, axis: int | Sequence[int] | None = -1, where: ArrayLike | None = None
@@ -430,4 +462,4 @@ def softmax_cross_entropy(
         raise ValueError(
             f"softmax_cross_entropy: labels must broadcast with logits, got {shapes(logits=logits, labels=labels)}."
         )
-    return _soft(logits, labels, axis, _class_mask(where, axis, jnp.ndim(logits)))[0]
+    return _soft(logits, labels, axis, _class_mask(where, axis, jnp.ndim(logits))).value

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.one_line import elementwise
-from fbackprop.ops._arithmetic import float_type, nbytes, require_float, shapes, wide
+from fbackprop.ops._arithmetic import float_type, nbytes, require_float, shapes, varying_like, wide
 from fbackprop.rules import rule
 from fbackprop.samples import labels as integer_labels
 from fbackprop.samples import mask, normal, sample
@@ -200,27 +200,49 @@ class _SparseSaved(NamedTuple):
     excess: jax.Array  # p − onehot
 
 
-def _sparse_rows(scores: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """The loss, and p: the point of the probability simplex that is nearest to the scores."""
-    s = wide(scores)
-    z = s - jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True))
-    down = -jnp.sort(-z, -1)
-    total = jnp.cumsum(jnp.where(down > -1, down, -1), -1)  # from −1 on an element is never in the support
-    rank = jnp.arange(1, z.shape[-1] + 1, dtype=z.dtype).reshape((1,) * (z.ndim - 1) + (-1,))
-    support = jnp.sum(1 + rank * down > total, -1, keepdims=True)
-    threshold = (jnp.take_along_axis(total, support - 1, -1) - 1) / support.astype(z.dtype)
-    p = jnp.where(z > threshold, z - threshold, 0)
+def _sparse_value(z: jax.Array, labels: ArrayLike, p: jax.Array) -> jax.Array:
     own = jnp.take_along_axis(z, jnp.expand_dims(jnp.asarray(labels), -1), -1, mode="fill", fill_value=jnp.nan)
     # Σ p = 1, so that of the differences to s_y only one is left; in the support, z lies between −1 and 0.
-    value = jnp.sum(jnp.where(p > 0, p * z, 0), -1) + 0.5 * (1 - jnp.sum(jnp.square(p), -1)) - jnp.squeeze(own, -1)
-    return value.astype(jnp.result_type(scores)), p
+    return jnp.sum(jnp.where(p > 0, p * z, 0), -1) + 0.5 * (1 - jnp.sum(jnp.square(p), -1)) - jnp.squeeze(own, -1)
+
+
+def _below_highest(scores: ArrayLike) -> jax.Array:
+    s = wide(scores)
+    return s - jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True))
+
+
+def _nearest(z: jax.Array) -> jax.Array:
+    """The point of the simplex nearest to rows z whose largest element is 0.
+
+    Without sorting: τ as if a set of elements were the support, then again of those above it. τ only rises, the set only
+    shrinks, and when it stays the same it is the support; a handful of passes over rows that are not made to resist.
+    """
+
+    def threshold(low: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inside = z > low
+        size = jnp.sum(inside, -1, keepdims=True, dtype=jnp.int32)
+        return (jnp.sum(jnp.where(inside, z, 0), -1, keepdims=True) - 1) / size.astype(z.dtype), size
+
+    def again(state: Any) -> Any:
+        low, size, _ = state
+        return *threshold(low), size
+
+    rows = z[..., :1]
+    everything = jnp.full_like(rows, z.shape[-1] + 1, jnp.int32)
+    # From −1 on an element is never in the support. The last pass is outside of the loop, which has no reverse mode.
+    start = jnp.full_like(rows, -1), everything, everything + 1
+    low, _, _ = jax.lax.while_loop(lambda state: jnp.any(state[1] < state[2]), again, varying_like(start, z))
+    tau = threshold(jax.lax.stop_gradient(low))[0]
+    return jnp.where(z > tau, z - tau, 0)
 
 
 def _sparse_forward(scores: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, _SparseSaved]:
-    value, p = _sparse_rows(scores, labels)
+    z = _below_highest(scores)
+    p = _nearest(z)
     label = jnp.asarray(labels)
     own = _one_hot(p, jnp.where(label < 0, label + p.shape[-1], label))
-    return value, _SparseSaved((p - own).astype(value.dtype))
+    dtype = jnp.result_type(scores)
+    return _sparse_value(z, labels, p).astype(dtype), _SparseSaved((p - own).astype(dtype))
 
 
 def _sparse_backward(saved: _SparseSaved, dy: jax.Array) -> tuple[Any, ...]:
@@ -241,4 +263,11 @@ def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike) -> jax.Array
     and a label beyond the classes gives NaN. Source: Martins & Astudillo 2016, arXiv:1602.02068.
     """
     _check_rows("multiclass_sparsemax_loss", scores, labels)
-    return _sparse_rows(scores, labels)[0]
+    z = _below_highest(scores)
+    down = -jnp.sort(-z, -1)
+    total = jnp.cumsum(jnp.where(down > -1, down, -1), -1)  # from −1 on an element is never in the support
+    rank = jnp.arange(1, z.shape[-1] + 1, dtype=z.dtype).reshape((1,) * (z.ndim - 1) + (-1,))
+    support = jnp.sum(1 + rank * down > total, -1, keepdims=True)
+    threshold = (jnp.take_along_axis(total, support - 1, -1) - 1) / support.astype(z.dtype)
+    p = jnp.where(z > threshold, z - threshold, 0)
+    return _sparse_value(z, labels, p).astype(jnp.result_type(scores))

@@ -54,11 +54,18 @@ class Normalizer(NamedTuple):
         return jnp.exp(x - self.top) * (1 / self.total)
 
 
-def log_normalizer(x: jax.Array, axis: Any, where: jax.Array | None = None) -> Normalizer:
-    """log Σ exp(x) over ``axis``, which stays with length 1, in float32 or wider."""
+def highest(x: jax.Array, axis: Any, where: jax.Array | None = None, most: float = math.inf) -> jax.Array:
+    """The largest of x over ``axis``, which stays with length 1, in float32 or wider, but no more than ``most``; 0 for nothing
+    but −inf, so that exp(x − highest) is then 0 and not NaN. A constant for derivatives: what is shifted by it gets it back."""
     # The largest is taken before x is widened: that is exact, and the wide x is then read by one reduction alone.
     top = wide(jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True, where=where, initial=-jnp.inf)))
-    top = jnp.where(jnp.isfinite(top), top, 0)  # a row of −inf: exp(−inf − 0) = 0, not exp(−inf + inf)
+    top = jnp.minimum(top, most)
+    return jnp.where(jnp.isfinite(top), top, 0)
+
+
+def log_normalizer(x: jax.Array, axis: Any, where: jax.Array | None = None) -> Normalizer:
+    """log Σ exp(x) over ``axis``, which stays with length 1, in float32 or wider."""
+    top = highest(x, axis, where)
     x = wide(x)
     inside = x if where is None else jnp.where(where, x, -jnp.inf)
     total = jnp.sum(jnp.exp(inside - top), axis, keepdims=True)
