@@ -52,6 +52,7 @@ class _Poly(NamedTuple):
     e: jax.Array  # exp(z − max z), of which p is a share
     rest: jax.Array  # 1 − p
     labels: jax.Array
+    counted: jax.Array  # labels, as the backward for logits sees them: of an impossible class a 0 that stays one
 
 
 def _poly_parts(logits: ArrayLike, labels: ArrayLike, normalizer: Normalizer, where: jax.Array | None) -> _Poly:
@@ -62,7 +63,8 @@ def _poly_parts(logits: ArrayLike, labels: ArrayLike, normalizer: Normalizer, wh
     unlikely = unlikely if where is None else unlikely | ~where
     log_p = jnp.where(unlikely, 0, log_p)
     inside = z if where is None else jnp.where(where, z, -jnp.inf)
-    return _Poly(log_p, jnp.exp(inside - normalizer.top), jnp.where(unlikely, 1, -jnp.expm1(log_p)), t)
+    counted = jnp.where(unlikely, jax.lax.stop_gradient(t), t)
+    return _Poly(log_p, jnp.exp(inside - normalizer.top), jnp.where(unlikely, 1, -jnp.expm1(log_p)), t, counted)
 
 
 def _poly(
@@ -70,7 +72,7 @@ def _poly(
 ) -> tuple[jax.Array, Normalizer, jax.Array, jax.Array]:
     """The loss, what probabilities are made of, Σ t p and Σ t (1 − p)."""
     normalizer = log_normalizer(jnp.asarray(logits), axis, where)
-    log_p, e, rest, t = _poly_parts(logits, labels, normalizer, where)
+    log_p, e, rest, t, _ = _poly_parts(logits, labels, normalizer, where)
     weight = wide(epsilon)
     each = weight if weight.ndim == 0 else jnp.expand_dims(weight, canonical_axes("", axis, jnp.ndim(logits)))
     value = jnp.sum(t * (each * rest - log_p), axis)
@@ -98,7 +100,7 @@ def _poly_forward(
 def _poly_backward(saved: _PolySaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
     logits, normalizer, mean, slope, labels, epsilon, where = saved
     axes = canonical_axes("", axis, logits.ndim)
-    log_p, e, rest, t = _poly_parts(logits, labels, normalizer, where)
+    log_p, e, rest, _, t = _poly_parts(logits, labels, normalizer, where)
     g, weight = (jnp.expand_dims(jnp.broadcast_to(wide(v), dy.shape), axes) for v in (dy, epsilon))
     # In two differences, each of which is exactly 0 where there is a single class. What a row has one of is divided first.
     plain = e * (jnp.sum(t, axes, keepdims=True) / normalizer.total) - t
