@@ -230,7 +230,9 @@ def _forward(
     # Choices between equals that the compiler drops. They let lse depend on value and seed: under vmap over one of them alone
     # JAX counts the cotangent of an output that does not depend on it once for each member.
     for other in (saved.value, saved.seed):
-        lse = lse if other is None else jnp.where(other.ravel()[0] == other.ravel()[0], lse, lse)
+        if other is not None:
+            some = other.ravel()[0]
+            lse = jnp.where(some == some, lse, lse)
     return (out, lse), saved
 
 
