@@ -125,7 +125,7 @@ def _bench_ops(subparsers: Any) -> None:
     add("--seed", type=whole(0), default=0, metavar="N", help="decides the arrays of your own workloads (default: 0)")
     _add_files(add)
     add("-h", "--help", action=_BenchOpsHelp, nargs=0, default=argparse.SUPPRESS, help="show this message and exit")
-    parser.set_defaults(run=_run_bench_ops)
+    parser.set_defaults(run=_run)
 
 
 class _BenchOpsHelp(argparse.Action):
@@ -148,7 +148,7 @@ def _bench_scaling(subparsers: Any) -> None:
     add("--memory", type=positive, default=4.0, metavar="GIB", help="run nothing with more temporaries (default: 4)")
     _add_effort(add, "point", 3.0)
     _add_files(add)
-    parser.set_defaults(run=_run_bench_scaling)
+    parser.set_defaults(run=_run)
 
 
 def _bench_models(subparsers: Any) -> None:
@@ -160,7 +160,7 @@ def _bench_models(subparsers: Any) -> None:
     add("--against", type=several("rival", _sides), default=None, metavar="A,B", help="only these rivals (default: all)")
     _add_effort(add, "model", 20.0)
     _add_files(add)
-    parser.set_defaults(run=_run_bench_models)
+    parser.set_defaults(run=_run)
 
 
 def _add_effort(add: Callable[..., Any], what: str, seconds: float) -> None:
@@ -173,24 +173,10 @@ def _add_files(add: Callable[..., Any]) -> None:
     add("--plot", type=picture, metavar="FILE", help="draw them: .png or .svg")
 
 
-def _run_bench_ops(arguments: argparse.Namespace) -> int:
-    from fbackprop.measuring.command import bench_ops
+def _run(arguments: argparse.Namespace) -> int:
+    from fbackprop.measuring import command
 
-    arguments.against = arguments.against or _rivals()
-    arguments.settings = arguments.settings or _settings()
-    return bench_ops(arguments)
-
-
-def _run_bench_models(arguments: argparse.Namespace) -> int:
-    from fbackprop.measuring.command import bench_models
-
-    return bench_models(arguments)
-
-
-def _run_bench_scaling(arguments: argparse.Namespace) -> int:
-    from fbackprop.measuring.command import bench_scaling
-
-    return bench_scaling(arguments)
+    return getattr(command, f"bench_{arguments.bench}")(arguments)
 
 
 BENCHES: tuple[Callable[[Any], None], ...] = (_bench_ops, _bench_models, _bench_scaling, bench_aot, bench_gpu)

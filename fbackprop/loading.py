@@ -12,9 +12,14 @@ from typing import Any
 
 import jax
 
+from fbackprop.refusing import sentence as sentence
 from fbackprop.rules import RULES
 
 __all__ = ["Refusal", "World", "find", "near", "ops", "sentence"]
+
+
+MANY = 40
+"""Names that are not told one by one."""
 
 
 class Refusal(ValueError):
@@ -30,6 +35,8 @@ def near(name: str, known: Collection[str]) -> str:
     """What to say after a name that is not known."""
     close = difflib.get_close_matches(name, known, 3, cutoff=0.5)
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    if len(known) > MANY:  # only the ops are so many
+        return f"{hint}; fbackprop ops lists all of them"
     return hint + (f"; known are {', '.join(known)}" if known else "")
 
 
@@ -104,8 +111,3 @@ def find(module: Any, name: str, file: str) -> Callable[..., Any]:
     if not callable(value):
         raise Refusal(f"{file}::{name} is no function but of type {type(value).__name__}.")
     return value
-
-
-def sentence(error: BaseException) -> str:
-    """An error as a part of a sentence: its type and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['it says no more'])[0].rstrip('.')}"

@@ -30,22 +30,20 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return number
+    return _number(text, "above 0", lambda number: number > 0)
 
 
 def zero_or_more(text: str) -> float:
+    return _number(text, "from 0", lambda number: number >= 0)
+
+
+def _number(text: str, where: str, fits: Callable[[float], bool]) -> float:
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    if not (math.isfinite(number) and fits(number)):
+        raise argparse.ArgumentTypeError(f"expected a number {where}, got {text!r}")
     return number
 
 

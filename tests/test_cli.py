@@ -217,7 +217,7 @@ def test_ctrl_c_says_how_to_go_on(here):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["digit-cnn"], "did you mean digits-cnn?"),
+        (["digit-cnn"], "did you mean digits-cnn"),
         (["zzz"], "known are and-gate, sigmoid-neuron, three-layer, digits-mlp, digits-cnn"),
         (["missing.csv"], "missing.csv: there is no such file"),
         (["folder/missing.npz"], "there is no such file"),

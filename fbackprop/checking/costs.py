@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from fbackprop.checking.examination import Examination, other, vjp
-from fbackprop.checking.programs import first_line
 from fbackprop.checking.report import Finding
 from fbackprop.measuring import saved_bytes as count_saved_bytes
 from fbackprop.ops._arithmetic import nbytes
+from fbackprop.refusing import sentence
 
 __all__ = ["retraces", "saved_bytes"]
 
@@ -75,7 +75,7 @@ def saved_bytes(examination: Examination) -> Iterator[Finding]:
             for flat in (subject.call.bind(subject.fn), evidence.definition.opened)
         )
     except Exception as error:
-        examination.notes.append(f"saved bytes: could not be counted ({first_line(error)}).")
+        examination.notes.append(f"saved bytes: could not be counted ({sentence(error)}).")
         return
     rows = nbytes(*evidence.value_types)
     spare = rows if 4 * rows <= max(map(nbytes, subject.floats)) else 0

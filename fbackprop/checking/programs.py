@@ -33,8 +33,9 @@ from fbackprop.checking.differences import (
 )
 from fbackprop.checking.measures import largest
 from fbackprop.checking.subject import Call, Subject
+from fbackprop.refusing import sentence
 
-__all__ = ["Evidence", "cotangents_of_integers", "first_line", "float64_on_cpu", "gather", "is_floating"]
+__all__ = ["Evidence", "cotangents_of_integers", "float64_on_cpu", "gather", "is_floating"]
 
 POOL = 4096  # elements that the root mean square is taken over, at least
 ONE_HOTS = 6  # for each output
@@ -97,7 +98,7 @@ def gather(
         slack, value_slack = _slack_of_float64(subject, constant, wide_dys, len(kinds))
         differences = tuple(d(truth, len(kinds) + i) for i, d in enumerate(differences))
     except Exception as error:  # whatever keeps JAX from differentiating a stranger's function
-        undifferentiable = first_line(error)
+        undifferentiable = sentence(error)
         reference_y, reference_others = of_reference["value"](floats, arrays)
         with float64_on_cpu():
             true_values, truth = by_differences(subject, of_reference, wide, constant, wide_dys, undifferentiable)
@@ -133,7 +134,7 @@ def gather(
             again=empty,
             alone=None,
             types=(),
-            failure=first_line(error),
+            failure=sentence(error),
             **common,
         )
     values |= {
@@ -352,10 +353,6 @@ def _moved_to_cpu(leaf: jax.Array) -> Any:
 
 def _types(leaves: Sequence[Any]) -> list[Any]:
     return [(tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves]
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _told(leaves: Sequence[Any]) -> str:

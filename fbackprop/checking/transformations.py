@@ -17,9 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fbackprop.checking.checks import allowed_between
 from fbackprop.checking.examination import Examination, other, vjp
 from fbackprop.checking.measures import eps_of, largest, representable, smallest, worst_of
-from fbackprop.checking.programs import first_line, float64_on_cpu
+from fbackprop.checking.programs import float64_on_cpu
 from fbackprop.checking.report import Finding
 from fbackprop.checking.subject import Subject
+from fbackprop.refusing import sentence
 
 __all__ = ["devices", "second_order", "transformations"]
 
@@ -47,9 +48,9 @@ def transformations(examination: Examination) -> Iterator[Finding]:
             try:
                 jax.eval_shape(functools.partial(of, evidence.definition.opened), *leaves)
             except Exception:
-                examination.notes.append(f"{told}: neither it nor its reference runs ({first_line(error)}).")
+                examination.notes.append(f"{told}: neither it nor its reference runs ({sentence(error)}).")
                 continue
-            yield Finding("transformations", subject.name, f"{told} it fails: {first_line(error)}")
+            yield Finding("transformations", subject.name, f"{told} it fails: {sentence(error)}")
             continue
         yield from _compared(examination, "transformations", told, ours)
 
@@ -170,13 +171,13 @@ def second_order(examination: Examination) -> Iterator[Finding]:
         narrow = [jnp.asarray(w, leaf.dtype) for w, leaf in zip(weights, subject.floats)]
         theirs = jax.jit(functools.partial(second, definition.opened))(subject.floats, subject.arrays, dy, narrow)
     except Exception as error:
-        examination.notes.append(f"second order: the reference cannot be differentiated twice ({first_line(error)}).")
+        examination.notes.append(f"second order: the reference cannot be differentiated twice ({sentence(error)}).")
         return
     flat = subject.call.bind(subject.fn)
     try:
         ours = jax.jit(functools.partial(second, flat))(subject.floats, subject.arrays, dy, narrow)
     except Exception as error:
-        examination.notes.append(f"second order: it cannot be differentiated twice ({first_line(error)}).")
+        examination.notes.append(f"second order: it cannot be differentiated twice ({sentence(error)}).")
         return
     names = [*subject.names, *(f"the cotangent of output {i}" for i in range(len(dy)))]
     types = [*(leaf.dtype for leaf in subject.floats), *(o.dtype for o in evidence.value_types)]
@@ -226,7 +227,7 @@ def devices(examination: Examination) -> Iterator[Finding]:
                 of(evidence.definition.flat)
             except Exception:
                 continue  # the reference does not run so either
-            yield Finding("devices", subject.name, f"{told} it fails: {first_line(error)}")
+            yield Finding("devices", subject.name, f"{told} it fails: {sentence(error)}")
             continue
         yield from _compared(examination, "devices", told, ours)
 

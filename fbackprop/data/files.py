@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 
 from fbackprop.data.datasets import DataError, Dataset, classification
+from fbackprop.refusing import first_line
 
 __all__ = ["load"]
 
@@ -51,7 +52,8 @@ def _npz(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error) as error:
         if isinstance(error, DataError):
             raise
-        why = "it holds Python objects" if "pickle" in str(error) else _first_line(error)
+        zipped = zipfile.is_zipfile(path)
+        why = first_line(error) if "pickle" not in str(error) else "it holds Python objects" if zipped else "it is no archive"
         raise DataError(f"{path}: this is not an .npz file of plain arrays of numbers ({why}).") from None
 
 
@@ -72,7 +74,7 @@ def _csv(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
                 first = first or (line, len(row))
                 examples.append(_example(path, line, row, first))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: this is not a CSV file of text ({_first_line(error)}).") from None
+        raise DataError(f"{path}: this is not a CSV file of text ({first_line(error)}).") from None
     if not examples:
         raise DataError(f"{path}: there are no examples in the file.")
     table = np.stack(examples)
@@ -106,7 +108,3 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -12,6 +12,7 @@ import numpy as np
 
 from fbackprop.data.datasets import DataError
 from fbackprop.data.lazy import Windows, page_digest
+from fbackprop.refusing import first_line
 
 __all__ = ["TEXT", "TOKENS", "TokenData", "load_tokens", "standard_library"]
 
@@ -90,7 +91,7 @@ def _mapped(path: pathlib.Path) -> np.ndarray:
         try:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
-            why = "it holds Python objects" if "object" in str(error).lower() else str(error).splitlines()[0].rstrip(".")
+            why = "it holds Python objects" if "object" in str(error).lower() else first_line(error)
             raise DataError(f"{path}: this is not an .npy file of integers ({why}).") from None
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise DataError(f"{path}: the array is {tokens.dtype} {tokens.shape}; expected integers [tokens].")

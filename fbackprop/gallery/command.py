@@ -29,14 +29,14 @@ def run(options: argparse.Namespace) -> int:
     shown = [entry for entry in known.values() if not options.search or entry.mentions(options.search)]
     if not shown:
         raise Refusal(f"no op mentions {options.search!r}.")
+    if options.plot:
+        _plot(known[options.names[0]], options.plot)
     # Where nobody looks at a terminal, lines are not broken in the middle of words.
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     for name in options.names:
         _page(console, known[name])
     if not options.names:
         _table(console, shown)
-    if options.plot:
-        _plot(known[options.names[0]], options.plot)
     return 0
 
 

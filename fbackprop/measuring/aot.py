@@ -35,6 +35,7 @@ from fbackprop.measuring.flops import matmul_flops, times_run
 from fbackprop.measuring.problems import Problem, problem_of
 from fbackprop.measuring.rivals import POLICIES, rival
 from fbackprop.models import SIZES, named
+from fbackprop.refusing import first_line
 from fbackprop.rules import RULES
 
 __all__ = ["MODELS", "Row", "Target", "bench_aot", "compiled_row", "target_of"]
@@ -123,7 +124,7 @@ def _devices(name: str, platform: str, **topology: Any) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform=platform, **topology).devices)
     except Exception as error:
-        raise BenchError(f"{name} is no target that the compiler for {platform} takes: {_first_line(error)}.") from None
+        raise BenchError(f"{name} is no target that the compiler for {platform} takes: {first_line(error)[:300]}.") from None
 
 
 def _mesh(devices: list[Any]) -> jax.sharding.Mesh:
@@ -151,13 +152,9 @@ def compiled_row(target: Target, model: str, variant: str, step: Step) -> Row:
         memory: Any = traced.lower().compile().memory_analysis()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise BenchError(f"{model}, {variant}: the compiler for {target.name} says {_first_line(error)}.") from None
+            raise BenchError(f"{model}, {variant}: the compiler for {target.name} says {first_line(error)[:300]}.") from None
         return row | {"note": "does not fit the device"}
     return row | {"temp_bytes": memory.temp_size_in_bytes, "argument_bytes": memory.argument_size_in_bytes}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
 
 
 # ---------------------------------------------------------------------------------------------------------------- the models

@@ -21,7 +21,10 @@ from fbackprop.files import write_json
 from fbackprop.loading import Refusal, World, find, near, ops, sentence
 from fbackprop.measuring import report, scaling
 from fbackprop.measuring.problems import Problem, problem, problem_of
+from fbackprop.measuring.programs import SETTINGS
+from fbackprop.measuring.rivals import AGAINST
 from fbackprop.measuring.rows import Plan, measure
+from fbackprop.refusing import first_line
 from fbackprop.rules import RULES, Rule
 from fbackprop.samples import arrays
 
@@ -51,7 +54,7 @@ class _Task(NamedTuple):
 def bench_ops(options: argparse.Namespace) -> int:
     """Runs ``bench ops`` with its options as parsed. What it refuses is a BenchError; then no file was written."""
     tasks = _tasks(options)
-    plan = Plan(options.settings, options.against, options.rounds, options.seconds)
+    plan = Plan(options.settings or SETTINGS, options.against or AGAINST, options.rounds, options.seconds)
     rows: list[dict[str, Any]] = []
     notes: dict[str, None] = {}
 
@@ -153,8 +156,7 @@ def _problem(rule: Rule, args: Sequence[Any], static: dict[str, Any], note: str)
     except (TypeError, ValueError) as error:
         if isinstance(error, Refusal):
             raise
-        lines = str(error).strip().splitlines()
-        raise BenchError(lines[0].rstrip(".") + ".") from None
+        raise BenchError(f"{first_line(error)}.") from None
 
 
 def _require(rule: Rule, make: Callable[[], Problem]) -> None:

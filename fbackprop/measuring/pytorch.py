@@ -16,6 +16,7 @@ import numpy as np
 
 from fbackprop.measuring.problems import Problem
 from fbackprop.measuring.rivals import Absent
+from fbackprop.refusing import first_line
 
 __all__ = ["PORTS", "Torch", "torch_of"]
 
@@ -98,7 +99,7 @@ def torch_of(given: Problem) -> Torch:
     except Absent:
         raise
     except Exception as error:
-        raise Absent(f"torch: {str(error).strip().splitlines()[0]}") from None
+        raise Absent(f"torch: {first_line(error)}") from None
     return Torch(run, gradients, sum(kept.values()), f"torch {torch.__version__}", port.comparable)
 
 

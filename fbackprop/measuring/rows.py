@@ -10,6 +10,7 @@ from fbackprop.measuring.programs import SETTINGS, Compiler, Program, Traced
 from fbackprop.measuring.pytorch import torch_of
 from fbackprop.measuring.rivals import AGAINST, Absent, Rival, rival
 from fbackprop.measuring.times import interleave, ratio
+from fbackprop.refusing import first_line
 
 __all__ = ["Measured", "Plan", "measure"]
 
@@ -73,8 +74,7 @@ def measure(given: Problem, plan: Plan) -> Measured:
         except Absent as absent:
             notes += [f"{given.rule.name}: {absent}"] if str(absent) else []
         except Exception as error:  # another's code, at arguments that it may not be made for
-            why = (str(error).strip().splitlines() or [""])[0][:160]
-            notes.append(f"{given.rule.name}: {against} failed ({type(error).__name__}: {why})")
+            notes.append(f"{given.rule.name}: {against} failed ({type(error).__name__}: {first_line(error)[:160]})")
     runs = {s.identity: s.run for c in (ours, *rivals.values()) for s in c.sides.values()}
     budget = plan.seconds if plan.rounds is None else None
     times = dict(zip(runs, interleave(list(runs.values()), plan.rounds or 30, budget=budget, settled=True)))

@@ -9,6 +9,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from fbackprop.refusing import first_line
 from fbackprop.training.step import TrainState
 
 __all__ = ["Checkpoints", "RunError"]
@@ -100,8 +101,8 @@ class Checkpoints:
             with _quiet():
                 return self._open().restore(step, args=what)
         except Exception as error:  # damage shows itself in many ways
-            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise RunError(f"{self.directory / str(step)}: the checkpoint cannot be read ({why}).") from error
+            step_dir = self.directory / str(step)
+            raise RunError(f"{step_dir}: the checkpoint cannot be read ({first_line(error)}).") from error
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import os
 import pathlib
 import shlex
@@ -17,6 +16,7 @@ import numpy as np
 from fbackprop.data import Lazy
 from fbackprop.diagnosing.course import diagnosis
 from fbackprop.files import read_json, write_atomically, write_json
+from fbackprop.loading import near
 from fbackprop.training.batches import Batches
 from fbackprop.training.checkpoints import RunError
 from fbackprop.training.fit import Fit, Stopped, fit
@@ -139,9 +139,7 @@ def _preset(name: str) -> Preset:
     path = pathlib.Path(name)
     if path.exists() or path.suffix or os.sep in name:
         return file_preset(name)
-    near = difflib.get_close_matches(name, PRESETS, 1, cutoff=0.5)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise RunError(f"there is no preset {name!r}{hint}; known are {', '.join(PRESETS)}, or the path of a file.")
+    raise RunError(f"there is no preset {name!r}{near(name, PRESETS)}, or the path of a file.")
 
 
 def _sized(preset: Preset, options: Options, resumed: pathlib.Path | None) -> tuple[Preset, dict[str, Any]]:

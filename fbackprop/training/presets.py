@@ -160,6 +160,10 @@ def file_preset(path: str) -> Preset:
         return language_preset(path)
 
     def task(seed: int) -> Task:
+        kind = pathlib.Path(path).suffix.lower()
+        if kind not in (".npz", ".csv") and not data.is_idx(path):
+            what = kind or "(no suffix)"
+            raise data.DataError(f"{path}: files of the kind {what} are not read; fbackprop train --help lists others.")
         source = data.load_idx(path) if data.is_idx(path) else data.load(path)
         model = _convolutional(source.x.shape[1:], source.classes) if source.images else mlp((128, 64, source.classes))
         return _classifier(source, model, seed)

@@ -8,6 +8,7 @@ import numpy as np
 
 from fbackprop.measuring.rivals import Absent
 from fbackprop.measuring.twins import Model, layers_of
+from fbackprop.refusing import first_line
 
 __all__ = ["TorchSide", "torch_side"]
 
@@ -53,7 +54,7 @@ def torch_side(model: Model, params: Any, batch: Any, rate: float, compiled: boo
         try:
             run()
         except Exception as error:
-            raise Absent(f"torch.compile: {str(error).strip().splitlines()[0]}") from None
+            raise Absent(f"torch.compile: {first_line(error)}") from None
     return TorchSide(step, f"torch {torch.__version__}")
 
 
