@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn import initializers
 from jax.typing import ArrayLike
 
 from fbackprop import ops
 from fbackprop.layers.base import Params, State, split_key
 from fbackprop.layers.linear import require_positive
-from fbackprop.models.transformer import Transformer, rotated
+from fbackprop.models.transformer import Transformer
 
 __all__ = ["GPT", "gpt"]
 
@@ -154,9 +155,13 @@ class GPT(Transformer):
     def _turned(self, q: jax.Array, k: jax.Array, first: Any) -> tuple[jax.Array, jax.Array]:
         if self.positions != "rope":
             return q, k
-        position = (first + jnp.arange(q.shape[1])).astype(jnp.float32)
-        angles = position[:, None] * _rates(self._head_width, self.rope_base, self.rope_scaling)[None, :]
-        return rotated(q, angles), rotated(k, angles)
+        positions = first + jnp.arange(q.shape[1])
+        frequencies = _rates(self._head_width, self.rope_base, self.rope_scaling)
+
+        def turned(a: jax.Array) -> jax.Array:
+            return ops.rotary_embedding(a, positions, frequencies=frequencies)
+
+        return turned(q), turned(k)
 
     def _head(self, params: Params) -> jax.Array:
         return self.cast(params["embed"]["embedding"] if self.tied else params["head"]["kernel"])
@@ -174,15 +179,15 @@ class GPT(Transformer):
             raise ValueError(f"GPT: tokens has shape {shape}, expected [batch, 1 to {self.length} tokens].")
 
 
-def _rates(features: int, base: float, scaling: tuple[float, float, float, int] | None) -> jax.Array:
-    """By how much each pair of features turns from one position to the next, [features / 2]."""
-    rates = base ** (-jnp.arange(0, features, 2, dtype=jnp.float32) / features)
-    if scaling is None:
-        return rates
-    factor, low, high, original = scaling
-    turns = original * rates / (2 * math.pi)  # within the original length
-    share = jnp.clip((turns - low) / (high - low), 0, 1)
-    return rates * (share + (1 - share) / factor)
+def _rates(features: int, base: float, scaling: tuple[float, float, float, int] | None) -> tuple[float, ...]:
+    """By how much each pair of features turns from one position to the next, features / 2 numbers."""
+    rates = base ** (-np.arange(0, features, 2) / features)
+    if scaling is not None:
+        factor, low, high, original = scaling
+        turns = original * rates / (2 * math.pi)  # within the original length
+        share = np.clip((turns - low) / (high - low), 0, 1)
+        rates = rates * (share + (1 - share) / factor)
+    return tuple(map(float, rates))
 
 
 def gpt(vocabulary: int, layers: int, width: int, heads: int, length: int, *, modern: bool = False, **options: Any) -> GPT:

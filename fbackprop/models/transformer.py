@@ -28,7 +28,7 @@ from fbackprop.layers.base import Params
 from fbackprop.layers.composed import Composed
 from fbackprop.layers.linear import require_positive
 
-__all__ = ["Transformer", "rotated", "stack_blocks", "unstack_blocks"]
+__all__ = ["Transformer", "stack_blocks", "unstack_blocks"]
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 """``attend(query, key, value, cache) -> (output, new cache)``, for one block."""
@@ -201,20 +201,6 @@ class Transformer(Composed):
             if expected.get(name) != given.get(name):
                 got, want = given.get(name, "not there"), expected.get(name, "no such leaf")
                 raise ValueError(f"{self.name}: the parameter {name} is {got}, expected {want} (model {self!r}).")
-
-
-def rotated(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotary positions: turns feature i of each head together with feature i + H/2 by an angle that grows with the position.
-
-    x [b, t, n, H], angles [t, H/2] in float32 -> the same shape and dtype. Computed in float32 or wider; JAX's own gradient,
-    which keeps the angles and turns back, leaves nothing to gain. The layout is that of Llama's weights in Hugging Face's
-    form, in which the halves of a head are paired (not neighbours).
-    Source: Su et al. 2021, arXiv:2104.09864.
-    """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    cos, sin = (f(angles).astype(dtype)[None, :, None, :] for f in (jnp.cos, jnp.sin))
-    one, two = jnp.split(x.astype(dtype), 2, -1)
-    return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], -1).astype(x.dtype)
 
 
 def stack_blocks(params: Params) -> Params:

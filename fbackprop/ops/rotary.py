@@ -6,6 +6,9 @@
 
 A rotation's inverse is its transpose: the backward turns dy back, by −θ. Kept are the positions alone, and nothing where they
 count from 0; the sines are computed again. (The gradient is JAX's own to the letter; only the tables of sines are not kept.)
+
+There are batch × heads features to each sine. A compiler for CPUs that computes it where it is used computes it that often:
+there the tables are made in a loop, which is not merged with what follows.
 """
 
 from collections.abc import Sequence
@@ -27,16 +30,42 @@ class _Saved(NamedTuple):
     positions: jax.Array | None
 
 
+_PARTS = 8  # turns of the loop that makes the tables
+
+
+def _tables(positions: jax.Array, rates: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The cosines and sines of positions [...] · rates [H/2], [..., H/2]."""
+    angles = positions[..., None].astype(rates.dtype) * rates.reshape((1,) * positions.ndim + (-1,))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _tables_in_memory(positions: jax.Array, rates: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def in_turns(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        size = -(-positions.shape[-1] // _PARTS)
+        made = jax.lax.map(lambda part: _tables(part, rates), jnp.moveaxis(positions, -1, 0), batch_size=size)
+        return jax.tree.map(lambda table: jnp.moveaxis(table, 0, -2), made)
+
+    if positions.shape[-1] < _PARTS or jax.typeof(positions).sharding.mesh.explicit_axes:
+        return _tables(positions, rates)
+    return jax.lax.platform_dependent(positions, cpu=in_turns, default=lambda positions: _tables(positions, rates))
+
+
 def _turned(
-    x: Any, positions: Any, base: float, frequencies: Sequence[float] | None, interleaved: bool, sign: float
+    x: Any,
+    positions: Any,
+    base: float,
+    frequencies: Sequence[float] | None,
+    interleaved: bool,
+    sign: float = 1,
+    tables: Any = _tables_in_memory,
 ) -> jax.Array:
     dtype, half = wide(x).dtype, jnp.shape(x)[-1] // 2
     rates = base ** -(np.arange(half) / half) if frequencies is None else np.asarray(frequencies, np.float64)
     positions = jnp.arange(jnp.shape(x)[-3]) if positions is None else jnp.asarray(positions)
     lead = jnp.ndim(x) - 2
-    ranked = positions.reshape((1,) * (lead - positions.ndim) + (*positions.shape, 1, 1))
-    angles = ranked.astype(dtype) * rates.astype(dtype).reshape((1,) * (lead + 1) + (half,))  # [..., T, 1, H/2]
-    cos, sin = jnp.cos(angles), sign * jnp.sin(angles)
+    cos, sin = tables(positions, jnp.asarray(rates, dtype))
+    shape = (1,) * (lead - positions.ndim) + (*positions.shape, 1, half)  # [..., T, 1, H/2]
+    cos, sin = cos.reshape(shape), sign * sin.reshape(shape)
     x_ = wide(x)
     one, two = (x_[..., ::2], x_[..., 1::2]) if interleaved else (x_[..., :half], x_[..., half:])
     parts = one * cos - two * sin, two * cos + one * sin
@@ -53,12 +82,12 @@ def _forward(
     frequencies: tuple[float, ...] | None = None,
     interleaved: bool = False,
 ) -> tuple[jax.Array, _Saved]:
-    y = _turned(x, positions, base, frequencies, interleaved, 1)
+    y = _turned(x, positions, base, frequencies, interleaved)
     return y, _Saved(None if positions is None else jnp.asarray(positions))
 
 
 def _backward(saved: _Saved, dy: jax.Array, *, base: float, frequencies: Any, interleaved: bool) -> tuple[Any, ...]:
-    return _turned(wide(dy), saved.positions, base, frequencies, interleaved, -1), None
+    return _turned(wide(dy), saved.positions, base, frequencies, interleaved, sign=-1), None
 
 
 @rule(
@@ -105,4 +134,4 @@ def rotary_embedding(
         lead, given = jnp.shape(x)[:-2], jnp.shape(positions)
         if not given or len(given) > len(lead) or any(a not in (1, b) for a, b in zip(given[::-1], lead[::-1])):
             raise ValueError(f"rotary_embedding: positions do not fit [..., T] of x ({shapes(positions=positions, x=x)}).")
-    return _turned(x, positions, base, frequencies, interleaved, 1)
+    return _turned(x, positions, base, frequencies, interleaved, tables=_tables)
