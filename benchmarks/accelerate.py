@@ -1,4 +1,4 @@
-"""Thirteen models of other people's libraries, as they are and accelerated: sites, agreement, time, memory.
+"""Fourteen models of other people's libraries, as they are and accelerated: sites, agreement, time, memory.
 
     python benchmarks/accelerate.py [--models flax-cnn …] [--tiny] [--rounds 12] [--json FILE]
 
@@ -307,6 +307,21 @@ def haiku_cnn(tiny: bool) -> Model:
     return loss, (params, state, x, classes(len(x)))
 
 
+def haiku_gru(tiny: bool) -> Model:
+    import haiku as hk
+
+    batch, length, width = (2, 6, 8) if tiny else (32, 128, 192)
+
+    def network(x: Any) -> Any:
+        core = hk.GRU(width)
+        h, _ = hk.dynamic_unroll(core, x, core.initial_state(batch), time_major=False)
+        return hk.Linear(10)(h[:, -1])
+
+    model = hk.without_apply_rng(hk.transform(network))
+    x = jax.random.normal(KEY, (batch, length, width))
+    return lambda p, x, y: cross_entropy(model.apply(p, x), y), (jax.jit(model.init)(KEY, x), x, classes(batch))
+
+
 # ---------------------------------------------------------------------------------------------------------- plain JAX
 
 
@@ -388,6 +403,7 @@ MODELS: dict[str, Callable[[bool], Model]] = {
     "equinox-transformer": equinox_transformer,
     "equinox-gru": equinox_gru,
     "haiku-cnn": haiku_cnn,
+    "haiku-gru": haiku_gru,
     "jax-llama": jax_llama,
     "jax-mlp": jax_mlp,
 }

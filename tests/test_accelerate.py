@@ -133,6 +133,13 @@ def test_flax_norms(module, shape, op):
     check(fn, variables, x, ops=[op])
 
 
+@pytest.mark.parametrize("norm", [two_pass, by_var])
+def test_layer_norm_spelled_out_in_bfloat16(norm):
+    with jax.numpy_rank_promotion("allow"):
+        args = normal(3, 5, 64, dtype="bfloat16"), *(normal(64, seed=i, dtype="bfloat16") for i in (0, 1))
+        check(norm, *args, ops=["layer_norm"], tolerance=0.1)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(None, marks=slow)])
 def test_layer_norm_of_bfloat16(dtype):
     module = nn.LayerNorm(dtype=dtype)  # None gives float32
@@ -185,6 +192,14 @@ def by_take(logits, labels):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1).mean()
 
 
+def by_index(logits, labels):
+    return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean()
+
+
+def by_row(logits, labels):
+    return jax.vmap(lambda row, label: jax.nn.logsumexp(row) - row[label])(logits, labels).mean()
+
+
 def by_logsumexp(logits, labels):
     picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     return (jax.nn.logsumexp(logits, axis=-1) - picked).mean()
@@ -199,6 +214,8 @@ INTEGER, SOFT = "softmax_cross_entropy_with_integer_labels", "softmax_cross_entr
         (optax.softmax_cross_entropy_with_integer_labels, INTEGER),
         (by_take, INTEGER),
         (by_logsumexp, INTEGER),
+        (by_index, INTEGER),
+        (by_row, INTEGER),
         (by_one_hot, SOFT),
     ],
 )
@@ -206,8 +223,25 @@ def test_cross_entropy(loss, op):
     labels = np.array([0, 3, 6, 2, 1, 5])
     check(loss, normal(6, 7), labels, ops=[op])
     beyond = np.array([0, -1, 7, 2, -8, 5])  # whatever the program does with these: NaN or no loss
-    if _deep:
+    if _deep or op == INTEGER:
         np.testing.assert_allclose(fb.accelerate(loss)(normal(6, 7), beyond), loss(normal(6, 7), beyond), rtol=1e-5)
+
+
+def test_a_label_of_another_row_is_left():
+    labels = np.array([0, 3, 6, 2, 1, 5])
+
+    def shifted(logits):
+        return -jax.nn.log_softmax(logits)[jnp.arange(6) + 1, labels].mean()
+
+    def first(logits):
+        return -jax.nn.log_softmax(logits)[0, labels].mean()
+
+    def clipped(logits):
+        return -jax.nn.log_softmax(logits)[jnp.arange(6), jnp.clip(labels, 0, 5)].mean()
+
+    x = normal(6, 7)
+    assert [ops_of(f, x) for f in (shifted, first)] == [[], []]
+    check(clipped, x, ops=[INTEGER])  # of the clipped labels
 
 
 @pytest.mark.parametrize("loss", [optax.softmax_cross_entropy_with_integer_labels, by_take, by_logsumexp, by_one_hot])
@@ -390,9 +424,11 @@ def test_attention_over_many_positions_is_proved_with_few(monkeypatch):
     """An array of all logits, 2 heads of 512 queries and keys, would be too large here."""
     for module in (attending, sites):
         monkeypatch.setattr(module, "MOST", 2**16)
+    causal = functools.partial(jax.nn.dot_product_attention, is_causal=True)
     for dtype in ("float32", "bfloat16"):
-        q = jax.ShapeDtypeStruct((2, 512, 2, 4), dtype)
-        assert ops_of(functools.partial(jax.nn.dot_product_attention, is_causal=True), q, q, q) == ATTENTION
+        q, k = (jax.ShapeDtypeStruct((2, 512, heads, 4), dtype) for heads in (6, 2))
+        assert ops_of(causal, k, k, k) == ATTENTION
+        assert ops_of(causal, q, k, k) == ATTENTION  # grouped heads
 
 
 def test_another_cap_is_left():
@@ -688,6 +724,34 @@ def test_integers_are_left_alone():
 def test_near_misses_are_told():
     found = fb.accelerate(weights_too).traced(normal(16, 128))[0].program.found
     assert [(f.op, "used elsewhere" in f.why) for f in found] == [("dot_product_attention", True)]
+
+
+def deep_rnn(x):
+    hk = pytest.importorskip("haiku")
+
+    def unrolled(x):
+        core = hk.DeepRNN([hk.LSTM(4), hk.LSTM(4)])
+        return hk.dynamic_unroll(core, x, core.initial_state(3))[0]
+
+    model = hk.without_apply_rng(hk.transform(unrolled))
+    return model.apply(model.init(KEY, x), x)
+
+
+def flax_dropout(x):
+    module = nn.MultiHeadDotProductAttention(2, dropout_rate=0.5, deterministic=False)
+    return module.apply(module.init({"params": KEY, "dropout": KEY}, x), x, rngs={"dropout": KEY})
+
+
+@pytest.mark.parametrize(
+    ("fn", "sentence"),
+    [
+        (deep_rnn, "4 arrays are carried"),
+        (flax_dropout, "its weights pass through dropout"),
+    ],
+)
+def test_reasons_are_sentences(fn, sentence):
+    found = fb.accelerate(fn).traced(normal(5, 3, 4))[0].program.found
+    assert any(sentence in f.why for f in found), found
 
 
 # -------------------------------------------------------------------------------------------------- where it is looked

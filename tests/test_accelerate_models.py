@@ -28,6 +28,7 @@ FOUND = {
     "equinox-transformer": {"dot_product_attention": 1, "layer_norm": 2, "gelu": 1},
     "equinox-gru": {"gru": 1},
     "haiku-cnn": {"max_pool": 2, "batch_norm": 2, "layer_norm": 1},
+    "haiku-gru": {"gru": 1, "softmax_cross_entropy_with_integer_labels": 1},
     "jax-llama": {"dot_product_attention": 1, "rms_norm": 3, "softmax_cross_entropy_with_integer_labels": 1},
     "jax-mlp": {"layer_norm": 2, "gelu": 2},
 }

@@ -203,6 +203,25 @@ def test_what_is_something_else_stays(loss):
     np.testing.assert_allclose(run(*arrays()), loss(*arrays()), rtol=1e-6)
 
 
+def test_a_kernel_that_is_too_large_is_told_with_its_size(monkeypatch):
+    monkeypatch.setattr(projecting, "accumulates", lambda kernel: False)
+    found = fb.accelerate(mean).traced(*arrays())[0].program.found
+    assert "million elements, more than 67: it would be leaner, but compute the logits twice" in found[0].why
+
+
+def indexed(x, kernel, bias, labels):
+    logp = jax.nn.log_softmax((x @ kernel).reshape(-1, V))
+    return -logp[jnp.arange(B * T), labels.reshape(-1)].mean()
+
+
+def test_labels_that_are_an_index():
+    run, (x, kernel, bias, labels) = fb.accelerate(indexed), arrays()
+    assert [f.op for f in run.traced(x, kernel, bias, labels)[0].program.found] == [LINEAR]
+    for label in (-1, -V - 1, V + 3):
+        beyond = labels.at[1, 2].set(label)
+        np.testing.assert_allclose(run(x, kernel, bias, beyond), indexed(x, kernel, bias, beyond), rtol=1e-5)
+
+
 def test_small_vocabularies_keep_their_cross_entropy(monkeypatch):
     monkeypatch.setattr(projecting, "CLASSES", V + 1)
     assert [f.op for f in fb.accelerate(mean).traced(*arrays())[0].program.found] == [PLAIN, "dense"]

@@ -39,9 +39,22 @@ def attentions(program: Program, taken: set[int]) -> Iterator[Site | Near]:
             between = region([scores.outputs[0], *_others(weights, scores.outputs[0])], [weights])
             if between is None or not any(e.name == "exp" for e in between.equations):
                 continue
-            site, why = first(program, _guesses(anchor, side, scores))
+            site, why = first(program, _guesses(anchor, side, scores), _strange(between.inputs[1:]))
             yield site if site is not None else Near("dot_product_attention", why, anchor)
             break
+
+
+def _strange(others: list[Value], most: int = 200) -> str:
+    """What a report says where nothing could even be tried."""
+    pending, seen = list(others), set()
+    while pending and len(seen) < most:
+        maker = pending.pop().maker
+        if maker is not None and maker.name.startswith("random"):
+            return "its weights pass through dropout"
+        if maker is not None and id(maker) not in seen:
+            seen.add(id(maker))
+            pending += maker.inputs
+    return "more than a mask, a bias and a cap stands between its products, or too many positions"
 
 
 def _scores(weights: Value, most: int = 60) -> Equation | None:
@@ -95,10 +108,10 @@ def _with(anchor: Equation, side: int, scores: Equation, others: list[Value]) ->
     if found is None or cap == 0:
         return
     try:
-        axes = Axes(found)
+        axes = next((a for a in (Axes(found), Axes(found, short=(1,))) if math.prod(a.shape(z)) <= MOST), None)
     except Unknown:
         return
-    if math.prod(axes.shape(z)) > MOST:
+    if axes is None:
         return
     lower, upper = anchor.params["dimension_numbers"]
     contracted, rows = lower[side], upper[side]
@@ -266,7 +279,7 @@ def _site(
             if band is not None:
                 given |= band
                 continue
-            array = _as_logits(array, own, batches, q.shape[2])
+            array = _as_logits(array, own, batches, heads, q.shape[2])
             if other.is_float:
                 given["bias"] = array if sign == 1 else -array
             else:
@@ -317,8 +330,8 @@ def _axes_along(mask: Value, z: Value, order: list[int], axes: Axes) -> tuple[in
     )
 
 
-def _as_logits(mask: Any, along: tuple[int | None, ...], batches: int, heads: int) -> Any:
-    """[B, N, T, S], with axes of length 1 where the mask does not depend on them."""
+def _as_logits(mask: Any, along: tuple[int | None, ...], batches: int, keys: int, heads: int) -> Any:
+    """[B, N, T, S], with axes of length 1 where the mask does not depend on them; of ``keys`` heads, or groups of heads."""
     used = [a for a in along if a is not None]
     rest = [m for m in range(mask.ndim) if m not in used]
     mask = jnp.transpose(mask, [*rest, *used])
@@ -328,7 +341,8 @@ def _as_logits(mask: Any, along: tuple[int | None, ...], batches: int, heads: in
     mask = mask.reshape([next(lengths) if a is not None else 1 for a in along])
     mask = mask if batches == 2 else mask[:, None]
     if mask.ndim == 5:  # [B, K, T, G, S]
-        mask = jnp.swapaxes(mask, 2, 3).reshape(mask.shape[0], -1, mask.shape[2], mask.shape[4])
-        if mask.shape[1] not in (1, heads):
-            raise ValueError("a mask or bias that is the same for all heads of a group, or for all groups")
+        b, k, t, g, s = mask.shape
+        if (k == 1) != (g == 1):  # the same for all heads of a group, or for all groups
+            mask = jnp.broadcast_to(mask, (b, keys, t, heads // keys, s))
+        mask = jnp.swapaxes(mask, 2, 3).reshape(b, -1, t, s)
     return mask

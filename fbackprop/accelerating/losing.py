@@ -13,7 +13,7 @@ from typing import Any
 from fbackprop import ops
 from fbackprop.accelerating.evaluation import is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Value
-from fbackprop.accelerating.projecting import moved, projected
+from fbackprop.accelerating.projecting import BEYOND, moved, projected, within
 from fbackprop.accelerating.sites import (
     SHAPING,
     Near,
@@ -44,7 +44,9 @@ def cross_entropies(program: Program, taken: set[int]) -> Iterator[Site | Near]:
         ends = _ends(anchor.outputs[0], wanted, axis)
         if not ends:
             continue
-        site, why = first(program, _guesses(program, list(logits), ends, axis, anchor))
+        site, why = first(
+            program, _guesses(program, list(logits), ends, axis, anchor), "no labels were found that its rows are picked by"
+        )
         if site is not None:
             merged = projected(program, site, axis, next(cuts for v, cuts in ends if v is site.outputs[0]))
             yield from (site,) if merged is None else (merged,) if isinstance(merged, Site) else (merged, site)
@@ -112,19 +114,21 @@ def _guesses(
 
 def _integer(x: Value, labels: Value, out: Value, axis: int, anchor: Equation, cuts: Cuts) -> Iterator[Site]:
     classes = x.shape[axis]
-    for sign in (1, -1):
+    for sign, beyond in itertools.product((1, -1), BEYOND[:2]):
 
-        def call(x: Any, labels: Any, sign: int = sign) -> tuple[Any]:
+        def call(x: Any, labels: Any, sign: int = sign, beyond: str = beyond) -> tuple[Any]:
             for cut in cuts:
                 x, _ = moved(cut, x, axis)
             rows = tuple(n for i, n in enumerate(x.shape) if i != axis)
-            loss = ops.softmax_cross_entropy_with_integer_labels(x, labels.reshape(rows), axis=axis)
+            labels = within(labels.reshape(rows), classes) if beyond == "the nearest" else labels.reshape(rows)
+            loss = ops.softmax_cross_entropy_with_integer_labels(x, labels, axis=axis)
             shape = _shape(out, x, axis, rows)
             return ((loss if sign == 1 else -loss).reshape(shape),)
 
         yield Site(
-            "softmax_cross_entropy_with_integer_labels", [x, labels], [out], call, (sign, axis), anchor, classes, additive=True
-        )
+            "softmax_cross_entropy_with_integer_labels", [x, labels], [out], call, (sign, axis, beyond), anchor, classes,
+            additive=True,
+        )  # fmt: skip
 
 
 def _soft(x: Value, labels: Value, out: Value, axis: int, anchor: Equation) -> Iterator[Site]:

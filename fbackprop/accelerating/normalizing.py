@@ -23,7 +23,7 @@ def normalizations(program: Program, taken: set[int]) -> Iterator[Site | Near]:
             continue
         epsilon = _epsilon(anchor.inputs[0])
         summed = functools.partial(_is_summed, anchor)
-        sources = list(itertools.islice(source(anchor.inputs[0], summed, most=40), 3))
+        sources = list(itertools.islice(source(anchor.inputs[0], summed, most=40), 6))
         if epsilon is None or not sources:
             continue
         site, why = first(program, _guesses(program, anchor, sources, epsilon))

@@ -21,10 +21,11 @@ from fbackprop.accelerating.program import Equation, Program, Value
 from fbackprop.accelerating.sites import SHAPING, Near, Site, first, integer_constants, integer_sources, peeled, uniform
 from fbackprop.ops._vocabulary import accumulates
 
-__all__ = ["moved", "projected"]
+__all__ = ["BEYOND", "moved", "projected", "within"]
 
 CLASSES = 4096  # fewer are left to the plain cross-entropy
 LOGITS = 1 << 22  # and so are fewer logits than these
+BEYOND = "nan", "the nearest", "nothing"  # what the loss is of a label that is no class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,11 @@ def _followed(move: Equation, at: int) -> int | None:
     if move.name == "broadcast_in_dim":
         return int(move.params["broadcast_dimensions"][at]) if move.inputs[0].size == move.outputs[0].size else None
     return next((outer[0] for inner, outer in groups(given, made) if inner == [at] and len(outer) == 1), None)
+
+
+def within(labels: Any, classes: int) -> Any:
+    """The class that indexing takes for a label: from the end for one below 0, the nearest one for what is none."""
+    return jnp.clip(jnp.where(labels < 0, labels + classes, labels), 0, classes - 1)
 
 
 def _head(logits: Value, axis: int) -> _Head | None:
@@ -214,7 +220,8 @@ def projected(program: Program, site: Site, axis: int, cuts: Sequence[Equation])
     if head.dot.params["precision"] is not None or head.dot.params.get("out_sharding") is not None:
         return Near(near, "its product asks for a precision or a placement", head.dot)
     if not accumulates(kernel) or kernel.dtype == jnp.float16:
-        return Near(near, "the logits would have to be computed twice", head.dot)
+        why = "in float16" if accumulates(kernel) else f"its kernel has {kernel.size / 1e6:.0f} million elements, more than 67"
+        return Near(near, f"{why}: it would be leaner, but compute the logits twice", head.dot)
     whole = _sum(site.outputs[0])
     if whole is None:
         return Near(near, "the loss of each token is used, not their sum alone", head.dot)
@@ -229,7 +236,7 @@ def _guesses(site: Site, head: _Head, whole: _Sum) -> Iterator[Site]:
     rows = math.prod(site.outputs[0].shape)
     for labels in integer_sources([site.inputs[1]], rows) or integer_constants([site.inputs[1]], rows):
         for sign in (-1, 1):
-            for beyond in ("nan", "nothing"):
+            for beyond in BEYOND:
 
                 def call(labels: Any, x: Any, kernel: Any, *more: Any, sign: int = sign, beyond: str = beyond) -> tuple[Any]:
                     bias = more[0].reshape(-1) if head.bias is not None else None
@@ -249,12 +256,15 @@ def _total(head: _Head, whole: _Sum, x: Any, kernel: Any, labels: Any, bias: Any
     if weights is not None and whole.inverted:
         weights = ~weights
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
-    labels = jnp.where(labels < 0, labels + classes, labels) if beyond == "nan" else labels
+    if beyond == "nan":
+        labels = jnp.where(labels < 0, labels + classes, labels)
+    elif beyond == "the nearest":
+        labels = within(labels, classes)
     total = ops.linear_cross_entropy(
         x, kernel, labels, bias, weights=weights, ignore_index=None,
         soft_cap=head.cap, reduction="sum", transposed=classes_first,
     )  # fmt: skip
-    if beyond == "nothing":
+    if beyond != "nan":
         return total
     none = (labels < 0) | (labels >= classes)
     none = none & weights if whole.kind == "where" else none

@@ -74,11 +74,15 @@ def recurrences(program: Program, taken: set[int]) -> Iterator[Site | Near]:
         squashed = {e.name for e in body.equations}
         if not {"logistic", "tanh"} <= squashed or "dot_general" not in squashed:
             continue
-        name = "lstm" if carried == 2 else "gru"
-        if carried not in (1, 2) or len(xs) != 1 or any(len(v.shape) != 2 for v in (*state, *xs)):
-            yield Near(name, "carries something else too, or has no batch", equation)
-            continue
-        yield _recurrence(equation, body, fixed, carried, name)
+        name = "gru" if carried == 1 else "lstm"
+        if carried > 2:
+            yield Near(name, f"{carried} arrays are carried, not the state of one cell", equation)
+        elif len(xs) != 1:
+            yield Near(name, f"a step is given {len(xs)} arrays, not x alone", equation)
+        elif any(len(v.shape) != 2 for v in (*state, *xs)):
+            yield Near(name, "its state or input has no batch, or more than one", equation)
+        else:
+            yield _recurrence(equation, body, fixed, carried, name)
 
 
 def _recurrence(equation: Equation, body: Program, fixed: int, carried: int, name: str) -> Site | Near:

@@ -112,7 +112,7 @@ def source(value: Value, wanted: Callable[[Value], bool], most: int = 60) -> Ite
     shape; the nearest first."""
 
     def through(_: Value, maker: Equation) -> bool:
-        return maker.name in SHAPING or maker.name in REDUCING or is_elementwise(maker)
+        return maker.name in SHAPING or maker.name in REDUCING or maker.name == "concatenate" or is_elementwise(maker)
 
     for _, frontier in backwards(value, through, most):
         if len(frontier) == 1 and wanted(only := next(iter(frontier))):
@@ -384,9 +384,8 @@ def _is_own_derivative(equation: Equation) -> bool:
     return _close((at(h) - at(-h)) / (2 * h), slope, 1e-6)
 
 
-def first(program: Program, guesses: Iterable[Site]) -> tuple[Site | None, str]:
-    """The first guess that is proved, or why the last one was not."""
-    why = "nothing here is like it"
+def first(program: Program, guesses: Iterable[Site], why: str = "nothing here is like it") -> tuple[Site | None, str]:
+    """The first guess that is proved, or why the last one was not; ``why`` where there is none."""
     for guess in guesses:
         why = proved(program, guess)
         if not why:
