@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from fbackprop import ops
-from fbackprop.ops._arithmetic import canonical_axes, require_float, shapes
+from fbackprop.ops._arithmetic import canonical_axes, require_epsilon, require_float, shapes
 from fbackprop.ops._pooling import images, sliding, unbatched
 from fbackprop.ops._windows import Padding
 from fbackprop.ops.spectral import matrix_of
@@ -94,6 +94,7 @@ def spectral_norm(
     Source: Miyato et al. 2018, arXiv:1802.05957.
     """
     require_float("spectral_norm", kernel=kernel, u=u)
+    require_epsilon("spectral_norm", epsilon)
     if jnp.ndim(kernel) < 2 or jnp.shape(u) != (1, jnp.shape(kernel)[-1]):
         raise ValueError(f"spectral_norm: expected kernel [..., out] and u [1, out], got {shapes(kernel=kernel, u=u)}.")
     if not isinstance(n_steps, int) or n_steps < 1:

@@ -165,6 +165,7 @@ class OpLayer(Layer):
     # What follows from it.
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
+        require_options(self)
         if self.initializers():
             require_key(f"{self.name}.init", key)
         shape = shape_of(self.name, x)
@@ -239,6 +240,20 @@ class OpLayer(Layer):
         if jnp.shape(dy) != record.y.shape:
             raise ValueError(f"{self.name}.backward: dy has shape {jnp.shape(dy)}, y had {record.y.shape}.")
         return record
+
+
+def require_options(layer: Layer) -> None:
+    """Refuses initializers that are no functions, and dtypes that are none."""
+    for field in dataclasses.fields(layer):  # type: ignore[arg-type]
+        value = getattr(layer, field.name)
+        if field.type is Initializer and not callable(value):
+            expected = "a function of (key, shape, dtype), such as jax.nn.initializers.lecun_normal()"
+            raise TypeError(f"{layer.name}: {field.name} is {value!r}, expected {expected}.")
+        if field.name in ("dtype", "param_dtype") and value is not None:
+            try:
+                jnp.dtype(getattr(layer, field.name))
+            except (TypeError, ValueError):
+                raise TypeError(f"{layer.name}: {field.name} is {value!r}, expected a dtype, such as 'float32'.") from None
 
 
 def require_params(layer: Layer, params: Any, expected: Collection[str]) -> None:

@@ -102,7 +102,7 @@ class Conv(_Linear):
     def __post_init__(self) -> None:
         self._require_features()
         size = self.kernel_size
-        set_option(self, "kernel_size", (size,) if isinstance(size, int) else tuple(size))
+        set_option(self, "kernel_size", tuple(size) if isinstance(size, Sequence) else (size,))
         for name in ("strides", "input_dilation", "kernel_dilation"):
             value = getattr(self, name)
             set_option(self, name, 1 if value is None else tuples(value))
@@ -165,7 +165,7 @@ class ConvTranspose(_Linear):
 
     @property
     def _space(self) -> tuple[int, ...]:
-        return (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        return tuple(self.kernel_size) if isinstance(self.kernel_size, Sequence) else (self.kernel_size,)
 
     @property
     def min_ndim(self) -> int:  # type: ignore[override]

@@ -4,6 +4,7 @@ A sequence is [batch, time, …], as in ``flax.linen.RNN``; the ops inside have 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from fbackprop.layers.base import (
     Params,
     State,
     promoted,
+    require_options,
     require_params,
     set_option,
     shape_of,
@@ -55,6 +57,7 @@ class _Recurrent(Composed):
         require_positive(self.name, features=self.features)
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
+        require_options(self)
         one, two, three = split_key(f"{self.name}.init", key, 3)
         width, n = _shape(self, x, "features")[-1], self.features
         # Each gate has a matrix of its own, side by side with the others.
@@ -194,10 +197,15 @@ class ConvLstm(Composed):
     bias_init: Initializer = initializers.zeros
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kernel_size, Sequence):
+            raise ValueError(
+                f"ConvLstm: kernel_size is {self.kernel_size!r}, expected one for each axis of space, such as (3, 3)."
+            )
         set_option(self, "kernel_size", tuples(self.kernel_size))
         require_positive(self.name, features=self.features, **{f"kernel_size[{i}]": k for i, k in enumerate(self.kernel_size)})
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
+        require_options(self)
         one, two, three = split_key("ConvLstm.init", key, 3)
         width, n = _shape(self, x, "*space", "channels", space=len(self.kernel_size))[-1], self.features
         return {

@@ -82,8 +82,9 @@ class Repeat(Composed):
         return f"repeat({self.layer!r}, {self.times})"
 
     def init(self, key: Any, x: Any) -> tuple[Params, State]:
+        keys = split_key("repeat", key, self.times)
         x = jax.ShapeDtypeStruct(shape_of("repeat", x), float_type(x))
-        params, state = jax.vmap(lambda k: self.layer.init(k, x))(split_key("repeat", key, self.times))
+        params, state = jax.vmap(lambda k: self.layer.init(k, x))(keys)
         one = jax.tree.map(lambda leaf: leaf[0], (params, state))
         y = jax.eval_shape(self.layer, one[0], x, one[1])
         if y.shape != x.shape:
