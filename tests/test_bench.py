@@ -123,6 +123,12 @@ def test_the_cotangent_is_normal_and_one_for_a_scalar():
     assert [bool(jnp.any(d)) for d in trained.dy] == [True, False, False]  # running averages are state
 
 
+def test_the_rival_of_a_straight_through_rule_passes_the_cotangent_too():
+    given = problem(RULES["sign_ste"], [jnp.array([-2.0, 0.0, 3.0])], {})
+    found = jax.vjp(lambda *moved: given.outputs(rival("jax.grad", given).call, moved, given.rest), *given.moved)[1](given.dy)
+    np.testing.assert_array_equal(found[0], given.dy[0])
+
+
 def test_fewer_turns_where_time_is_short_but_not_too_few():
     calls = [lambda: sum(range(20000))] * 2
     assert [len(interleave(calls, 30, budget=b, seconds=1e-4)[0]) for b in (1e-6, 60.0)] == [6, 30]
@@ -139,6 +145,7 @@ def test_fewer_turns_where_time_is_short_but_not_too_few():
         ("softmax_cross_entropy_with_integer_labels", [jnp.ones((2, 3)), jnp.array([0, 2])], "optax.losses."),
         ("layer_norm", [jnp.ones((2, 3))], "the definition"),
         ("max_pool", [jnp.ones((1, 4, 4, 1)), (2, 2)], "flax.linen.max_pool"),
+        ("step_ste", [jnp.array([-1.0, 0.0, 2.0])], "stop_gradient"),
     ],
 )
 def test_rivals_are_what_a_user_would_call(name, args, expected):

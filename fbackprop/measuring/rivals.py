@@ -1,6 +1,7 @@
 """Who a rule is measured against: what a user of JAX would otherwise call, and the packages that offer the same.
 
-jax.grad                              the function of that name in jax.nn, optax or Flax, else the definition
+jax.grad                              the function of that name in jax.nn, optax or Flax, else the definition; of a rule that is
+                                      meant to differ from it (straight-through) x + stop_gradient(definition(x) − x)
 checkpoint, dots_saveable,            the same under ``jax.checkpoint``, without a policy and with the two that are common
 dots_with_no_batch_dims_saveable
 jax-cce, tokamax                      their functions, where the package is installed
@@ -45,7 +46,10 @@ class Rival(NamedTuple):
 def rival(against: str, given: Problem) -> Rival:
     """The rival of that name for a problem. Raises Absent where there is none."""
     if against == "jax.grad":
-        return _library(given) or Rival(without_rules(lambda arguments: given.rule.reference(**arguments)), "the definition")
+        definition = without_rules(lambda arguments: given.rule.reference(**arguments))
+        if not given.rule.exact:
+            return Rival(functools.partial(_straight_through, definition), "stop_gradient")
+        return _library(given) or Rival(definition, "the definition")
     if against in POLICIES:
         base = rival("jax.grad", given)
         checkpoint = functools.partial(jax.checkpoint, policy=POLICIES[against])
@@ -58,6 +62,12 @@ def rival(against: str, given: Problem) -> Rival:
 
         return Rival(call, f"jax.checkpoint({base.name})")
     return _package(against, given)
+
+
+def _straight_through(definition: Call, arguments: dict[str, Any]) -> Any:
+    """What a user writes for it without a rule."""
+    x = next(iter(arguments.values()))
+    return x + jax.lax.stop_gradient(definition(arguments) - x)
 
 
 def _library(given: Problem) -> Rival | None:

@@ -31,6 +31,11 @@ def _log(t: jax.Array) -> jax.Array:
     return jnp.log(jnp.where(t == 0, 1, t))
 
 
+def _still_at_zero(t: jax.Array) -> jax.Array:
+    """t, whose zeros are constants where the backward is differentiated: they receive no cotangent."""
+    return jnp.where(t == 0, jax.lax.stop_gradient(t), t)
+
+
 def _kl(l: jax.Array, t: jax.Array) -> jax.Array:
     return jnp.where(t == 0, 0, t * (_log(t) - l))
 
@@ -111,7 +116,7 @@ def _kl_forward(
 
 @rule(
     forward=_kl_forward,
-    backward=_backward(lambda l, t: -t, lambda l, t: jnp.where(t == 0, 0, _log(t) - l + 1)),
+    backward=_backward(lambda l, t: -_still_at_zero(t), lambda l, t: jnp.where(t == 0, 0, _log(t) - l + 1)),
     **_OF_TARGETS,
 )
 def kl_divergence(log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
@@ -136,7 +141,7 @@ def _generalized_forward(
 
 @rule(
     forward=_generalized_forward,
-    backward=_backward(lambda l, t: jnp.exp(l) - t, lambda l, t: jnp.where(t == 0, 0, _log(t) - l)),
+    backward=_backward(lambda l, t: jnp.exp(l) - _still_at_zero(t), lambda l, t: jnp.where(t == 0, 0, _log(t) - l)),
     **_OF_TARGETS,
 )
 def generalized_kl_divergence(
