@@ -104,6 +104,7 @@ WRONG_CALLS += [
     (lambda: L.ConvLstm(3, 3), r"ConvLstm: kernel_size is 3, expected one for each axis of space, such as \(3, 3\)"),
     (lambda: fb.spectral_norm(X, X[:1], epsilon=-1.0), "spectral_norm: epsilon is -1.0, expected a number from 0"),
     (lambda: L.repeat(L.Dense(6), 3).init(X, KEY), r"repeat: key is float32\[4, 6\], expected a random key"),
+    (lambda: fb.rotary_embedding(jnp.ones((3, 2, 4)), base=-1.0), "rotary_embedding: base is -1.0, expected a number above 0"),
     (lambda: L.MaxPool(2), r"MaxPool: window_shape must name a size for each spatial dimension, such as \(2, 2\); got 2"),
     (lambda: L.AdaptiveAvgPool(7), r"AdaptiveAvgPool: output_size must name a size .* such as \(7, 7\); got 7"),
     (lambda: L.Einsum(3, "ab->ab"), "Einsum: expected the shape of the kernel .*got shape 3"),

@@ -126,6 +126,8 @@ def rotary_embedding(
     require_float("rotary_embedding", x=x)
     if jnp.ndim(x) < 3 or jnp.shape(x)[-1] % 2:
         raise ValueError(f"rotary_embedding: expected x [..., T, N, H] with an even H, got {shapes(x=x)}.")
+    if not base > 0:
+        raise ValueError(f"rotary_embedding: base is {base!r}, expected a number above 0.")
     if frequencies is not None and len(frequencies) != jnp.shape(x)[-1] // 2:
         raise ValueError(f"rotary_embedding: {len(frequencies)} frequencies, expected H/2 of them ({shapes(x=x)}).")
     if positions is not None:
