@@ -199,6 +199,8 @@ def _ntxent_forward(embeddings: ArrayLike, labels: ArrayLike, temperature: Array
     dunits = jnp.matmul(slope + slope.T, units, precision="highest") / tau
     dembeddings = inverse * (dunits - follows * units * jnp.sum(units * dunits, -1, keepdims=True))
     dtemperature = -jnp.sum(slope * similarities) / tau
+    some = jnp.any(alike & (others != -jnp.inf))  # else the loss is 0 whatever the vectors, and however infinite they are
+    dembeddings, dtemperature = jnp.where(some, dembeddings, 0), jnp.where(some, dtemperature, 0)
     dtype = float_type(embeddings)
     return _ntxent(found, dtype), _NtxentSaved(dembeddings.astype(dtype), dtemperature)
 
