@@ -30,7 +30,7 @@ def ops(subparsers: Any) -> None:
     parser.description, parser.epilog = _ABOUT, _END
     add = parser.add_argument
     add("names", nargs="*", metavar="NAMES", help="ops to show a page of (default: a table of all)")
-    add("--search", metavar="WORD", help="only ops whose name, summary or documentation mentions this")
+    add("--search", metavar="WORD", help="only ops whose name, summary or documentation mentions this, or each of these words")
     add("--plot", type=picture, metavar="FILE", help="draw the op and its derivative: .png or .svg")
     parser.set_defaults(run=_run)
 

@@ -33,7 +33,8 @@ def ops() -> tuple[str, ...]:
 
 def near(name: str, known: Collection[str]) -> str:
     """What to say after a name that is not known."""
-    close = difflib.get_close_matches(name, known, 3, cutoff=0.5)
+    lower = {other.lower(): other for other in known}
+    close = [lower[other] for other in difflib.get_close_matches(name.lower(), lower, 3, cutoff=0.5)]
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
     if len(known) > MANY:  # only the ops are so many
         return f"{hint}; fbackprop ops lists all of them"

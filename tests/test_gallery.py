@@ -64,6 +64,13 @@ def test_curves_are_the_function_and_its_derivative_and_only_of_single_elements(
     assert sum(ord(c) > 0x2800 for row in rows for c in row) > 60
 
 
+def test_ops_are_found_by_the_names_that_people_know():
+    known = entries()
+    words = {"RoPE": "rotary_embedding", "layer norm": "layer_norm", "BCE": "sigmoid_binary_cross_entropy", "PReLU": "prelu"}
+    words |= {"MSE": "mean_squared_error", "swish": "silu", "drop path": "stochastic_depth"}
+    assert not [word for word, name in words.items() if not known[name].mentions(word)]
+
+
 def test_the_command(capsys, tmp_path):
     assert main(["ops", "--search", "relu6"]) == 0
     table = capsys.readouterr().out
@@ -81,7 +88,8 @@ def test_the_command(capsys, tmp_path):
     ("arguments", "sentence"),
     [
         (["gellu"], "there is no op 'gellu' (did you mean gelu"),
-        (["--search", "no such word"], "no op mentions 'no such word'"),
+        (["--search", "no zebra"], "no op mentions 'no zebra'"),
+        (["PReLU"], "there is no op 'PReLU' (did you mean prelu or"),
         (["gelu", "--search", "x"], "name ops, or give --search WORD; not both"),
         (["--plot", "x.png"], "--plot draws one op; name it"),
         (["dense", "--plot", "x.png"], "dense is not a function of single elements"),

@@ -58,8 +58,10 @@ class Entry:
     rule: Rule | None  # None for a composition
     figures: Figures | None
 
-    def mentions(self, word: str) -> bool:
-        return word.lower() in f"{self.name} {self.summary} {self.keeps} {self.doc} {self.file}".lower()
+    def mentions(self, words: str) -> bool:
+        """Whether each of the words stands somewhere in what is told of it."""
+        told = f"{self.name} {self.summary} {self.keeps} {self.doc} {self.file}".lower()
+        return all(word in told for word in words.lower().split())
 
 
 def entries() -> dict[str, Entry]:

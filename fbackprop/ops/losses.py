@@ -120,7 +120,7 @@ def half_square(predictions: ArrayLike, targets: ArrayLike) -> jax.Array:
 def mean_squared_error(predictions: ArrayLike, targets: ArrayLike) -> jax.Array:
     """The mean of squared errors over all elements: (1/n) Σ (predictions − targets)².
 
-    predictions [...], targets [...] of the same shape -> a scalar.
+    predictions [...], targets [...] of the same shape -> a scalar. Also called MSE.
     """
     _check_pair("mean_squared_error", predictions, targets)
     if math.prod(jnp.shape(predictions)) == 0:
@@ -196,7 +196,7 @@ def _sigmoid_backward(saved: _SigmoidSaved, dy: jax.Array) -> tuple[Any, ...]:
 def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     """Binary cross-entropy on logits, each element by itself: −t log σ(z) − (1 − t) log(1 − σ(z)).
 
-    logits [...], labels of a shape that broadcasts with it, in [0, 1] (booleans and integers too) -> [...].
+    logits [...], labels of a shape that broadcasts with it, in [0, 1] (booleans and integers too) -> [...]. Also called BCE.
     """
     require_float("sigmoid_binary_cross_entropy", logits=logits)
     return _sigmoid_bce(logits, labels)

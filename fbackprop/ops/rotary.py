@@ -113,7 +113,7 @@ def rotary_embedding(
 ) -> jax.Array:
     """Turns the features of each head by angles that grow with the position: the product of two such depends on distance.
 
-    x [..., T, N, H] (queries or keys, H even), positions [..., T] integer -> the same shape and dtype.
+    x [..., T, N, H] (queries or keys, H even), positions [..., T] integer -> the same shape and dtype. Also called RoPE.
 
     Args:
       positions: of the elements along T; 0, 1, 2, … by default.
