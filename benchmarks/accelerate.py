@@ -313,8 +313,8 @@ def haiku_gru(tiny: bool) -> Model:
     batch, length, width = (2, 6, 8) if tiny else (32, 128, 192)
 
     def network(x: Any) -> Any:
-        core = hk.GRU(width)
-        h, _ = hk.dynamic_unroll(core, x, core.initial_state(batch), time_major=False)
+        core: Any = hk.GRU(width)
+        h: Any = hk.dynamic_unroll(core, x, core.initial_state(batch), time_major=False)[0]
         return hk.Linear(10)(h[:, -1])
 
     model = hk.without_apply_rng(hk.transform(network))

@@ -18,18 +18,18 @@ _SPEC.loader.exec_module(benchmark)
 
 FOUND = {
     "flax-cnn": {"max_pool": 2},
-    "flax-gpt": {"dot_product_attention": 1, "layer_norm": 3, "gelu": 1},
-    "flax-gpt-50k": {"dot_product_attention": 1, "layer_norm": 3, "gelu": 1, "linear_cross_entropy": 1},
+    "flax-gpt": {"dot_product_attention": 1, "layer_norm": 3, "gelu_mlp": 1},
+    "flax-gpt-50k": {"dot_product_attention": 1, "layer_norm": 3, "gelu_mlp": 1, "linear_cross_entropy": 1},
     "flax-resnet": {"batch_norm": 6},
     "flax-unet": {"group_norm": 6, "sum_pool": 1, "conv": 3, "conv_transpose": 1},
     "flax-lstm": {"lstm": 2, "layer_norm": 1},
-    "nnx-vit": {"dot_product_attention": 1, "layer_norm": 1, "rms_norm": 1, "gelu": 1},
+    "nnx-vit": {"dot_product_attention": 1, "layer_norm": 1, "rms_norm": 1, "gelu_mlp": 1},
     "equinox-cnn": {"max_pool": 2},
     "equinox-transformer": {"dot_product_attention": 1, "layer_norm": 2, "gelu": 1},
     "equinox-gru": {"gru": 1},
     "haiku-cnn": {"max_pool": 2, "batch_norm": 2, "layer_norm": 1},
     "haiku-gru": {"gru": 1, "softmax_cross_entropy_with_integer_labels": 1},
-    "jax-llama": {"dot_product_attention": 1, "rms_norm": 3, "softmax_cross_entropy_with_integer_labels": 1},
+    "jax-llama": {"dot_product_attention": 1, "rms_norm": 3, "swiglu_mlp": 1, "softmax_cross_entropy_with_integer_labels": 1},
     "jax-mlp": {"layer_norm": 2, "gelu": 2},
 }
 

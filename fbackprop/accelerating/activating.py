@@ -1,4 +1,5 @@
-"""Finds activations: chains of elementwise equations from one array to another whose function is one in the table."""
+"""Finds activations: chains of elementwise equations from one array to another whose function is one in the table. Where it
+stands in a feed-forward block, ``feeding`` takes the block."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from fbackprop import ops
 from fbackprop.accelerating.evaluation import is_elementwise
+from fbackprop.accelerating.feeding import fed
 from fbackprop.accelerating.program import Equation, Program, Value
 from fbackprop.accelerating.sites import Site, backwards, constant, proved
 
@@ -40,7 +42,7 @@ def activations(program: Program, taken: set[int]) -> Iterator[Site]:
         out = equation.outputs[0]
         for x in reversed(list(_sources(out))):
             if site := _site(program, x, out, equation):
-                yield site
+                yield fed(program, site, taken) or site
                 break
 
 
@@ -71,6 +73,6 @@ def _site(program: Program, x: Value, out: Value, anchor: Equation) -> Site | No
         for name, spelling, entry in _SPELLINGS:
             spelled = Site(name, [x], [out], spelling, ("spelled", entry), anchor)
             if not proved(program, spelled):
-                spelled.call = _TABLE[entry][1]
+                _, spelled.call, spelled.options = _TABLE[entry]
                 return spelled
     return None
