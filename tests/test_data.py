@@ -142,6 +142,7 @@ def test_npz(tmp_path, x, shape, dtype):
         (npz(x=np.where(X > 1, np.nan, X), y=Y), "x holds nan"),
         (npz(x=X, y=Y)[:300], "not an .npz file"),
         (b"", "not an .npz file"),
+        (b"junk" * 40, "not an .npz file of plain arrays of numbers (it is no archive)"),
         (b"1,2,0\n", "not an .npz file"),
     ],
 )

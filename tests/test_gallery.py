@@ -98,5 +98,7 @@ def test_the_command(capsys, tmp_path):
 def test_bad_input_gets_a_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["ops", *arguments]) == 2
-    assert sentence in capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert sentence in error
+    assert not out
     assert not list(tmp_path.iterdir())

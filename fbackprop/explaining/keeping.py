@@ -288,7 +288,7 @@ def _keepers(program: Program) -> dict[Any, list[str]]:
 
 def _rivals(call: Differentiated, fn: Callable[..., Any]) -> Iterator[Rival]:
     definition = call.flat(without_rules(fn))
-    ways = [("rules", None, call.flat(fn)), ("definitions", None, definition)]
+    ways: list[tuple[str, str | None, Any]] = [("rules", None, call.flat(fn)), ("definitions", None, definition)]
     for policy in POLICIES:
         chosen = None if policy is None else getattr(jax.checkpoint_policies, policy)
         ways.append(("checkpoint", policy, jax.checkpoint(definition, policy=chosen)))
