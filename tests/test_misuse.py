@@ -163,6 +163,8 @@ def test_no_rows_have_no_losses():
 
 
 def test_numbers_that_would_give_nan_are_refused():
+    error = refused(lambda: fb.triplet_margin_loss(X, X, X, norm_degree=float("nan")))
+    assert str(error) == "triplet_margin_loss: norm_degree must be 1 or more, got nan."
     norms = [n for n in OWN if "epsilon" in RULES[n].static]
     assert len(norms) >= 10
     for name in norms:

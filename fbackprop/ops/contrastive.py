@@ -147,7 +147,7 @@ def triplet_margin_loss(
     except ValueError:
         raise ValueError(f"{who}: shapes that do not broadcast together: {shapes(**given)}.") from None
     canonical_axes(who, axis, len(shape))
-    if norm_degree < 1:
+    if not norm_degree >= 1:
         raise ValueError(f"{who}: norm_degree must be 1 or more, got {norm_degree}.")
     return _triplet(anchors, positives, negatives, axis, norm_degree, margin, eps)[0]
 
