@@ -359,6 +359,17 @@ def test_a_reference_that_jax_cannot_differentiate_is_differentiated_by_differen
         check(made(1.0), jnp.ones(4000))
 
 
+def test_a_cotangent_that_is_zero_but_for_rounding_may_be_zero():
+    x, t = jnp.linspace(0.3, 0.9, 40), jnp.ones(40)
+
+    def made(slope):  # of t, whose true one is sin² + cos² − 1 = 0
+        value = lambda x, t: x**2 + t * (jnp.sin(x) ** 2 + jnp.cos(x) ** 2 - 1)  # noqa: E731
+        return custom(value, lambda x, t: (value(x, t), x), lambda x, dy: (2 * x * dy, slope * dy))
+
+    assert check(made(0.0), x, t).ok
+    assert {f.where for f in check(made(1e-3), x, t).findings} == {"t"}
+
+
 def test_argnums_choose_what_is_differentiated():
     fn = dense(lambda s, dy: (right(s, dy)[0], jnp.zeros_like(s[1])))
     assert check(fn, X, W, argnums=0).ok

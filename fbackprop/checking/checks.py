@@ -374,9 +374,10 @@ def _nonzero(evidence: Evidence) -> Iterator[Finding]:
     """A cotangent is not all zero where the truth is not: the model would never learn."""
     if not _compared(evidence):
         return
+    rounding = 2.0**-48 * max((largest(truth) for truth in evidence.truth), default=0.0)  # next to another cotangent: no more
     for i, name in enumerate(evidence.subject.names):
-        scale = largest(evidence.truth[i])
-        if scale > smallest(evidence.subject.floats[i].dtype) and evidence.theirs[i].any() and not evidence.ours[i].any():
+        scale, least = largest(evidence.truth[i]), max(smallest(evidence.subject.floats[i].dtype), rounding)
+        if scale > least and evidence.theirs[i].any() and not evidence.ours[i].any():
             yield Finding(
                 "nonzero", name, f"the cotangent is zero everywhere; the truth reaches {scale:.3g}.", None, {"truth": scale}
             )

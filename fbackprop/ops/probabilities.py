@@ -90,15 +90,20 @@ def _softmax_forward(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = No
     return p, _SoftmaxSaved(p)
 
 
-def _softmax_backward(saved: _SoftmaxSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
-    p, g = wide(saved.p), wide(dy)
-    mean = jnp.sum(g * p, axis, keepdims=True)
-    if saved.p.dtype != p.dtype:
-        # A rounded p does not sum to one, and where one p is near 1, dy − Σ dy p would be the difference of two close
+def softmax_pullback(p: jax.Array, g: jax.Array, axis: Axis) -> jax.Array:
+    """p (g − Σ g p), for p as it was kept and g in float32 or wider."""
+    exact = wide(p)
+    mean = jnp.sum(g * exact, axis, keepdims=True)
+    if p.dtype != exact.dtype:
+        # A rounded p does not sum to one, and where one p is near 1, g − Σ g p would be the difference of two close
         # numbers with different errors. Dividing by the sum of what was kept takes that error out.
-        total = jnp.sum(p, axis, keepdims=True)
+        total = jnp.sum(exact, axis, keepdims=True)
         mean = mean / jnp.where(total == 0, 1, total)
-    return p * (g - mean), None
+    return exact * (g - mean)
+
+
+def _softmax_backward(saved: _SoftmaxSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
+    return softmax_pullback(saved.p, wide(dy), axis), None
 
 
 _SAMPLES = [

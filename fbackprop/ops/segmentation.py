@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.ops._arithmetic import canonical_axes, float_type, nbytes, require_float, shapes, sum_to, wide, wide_type
+from fbackprop.ops.probabilities import softmax_pullback
 from fbackprop.rules import Static, rule
 from fbackprop.samples import mask, normal, positive, probabilities, sample, uniform
 
@@ -117,17 +118,21 @@ def _backward(
     (i, a, t), (_, alpha, beta) = sums, wide_options
 
     # the cotangent of the loss of each class
-    first = 1 if ignore_background and not one else 0
+    first = min(1, p.shape[-1]) if ignore_background and not one else 0
     g = wide(dy) if reduction == "none" else jnp.expand_dims(wide(dy), -1)
     g = g / (p.shape[-1] - first) if reduction == "mean" else g
     g = jnp.broadcast_to(g, (*g.shape[:-1], p.shape[-1] - first))
     g = jnp.expand_dims(jnp.pad(g, [(0, 0)] * (g.ndim - 1) + [(first, 0)]), axes)
 
-    dweights = None if class_weights is None else sum_to(found.loss * g, (1,) * (p.ndim - 1) + (p.shape[-1],)).reshape(-1)
-    g = g * _weights(class_weights, p) * inverse * inverse
-    common = (1 - alpha - beta) * n - d
-    di, da, dt = common * g, alpha * n * g, beta * n * g
-    dsmooth, dalpha, dbeta = (n - d) * g, (a - i) * n * g, (t - i) * n * g
+    classes = p.shape[-1:]
+    dweights = None
+    if class_weights is not None:
+        dweights = sum_to(found.loss * g, (1,) * (p.ndim - 1) + classes).reshape(classes)
+    g = g * _weights(class_weights, p) * inverse
+    # Each factor is divided by D by itself: D² may overflow where the quotients do not.
+    share, common = n * inverse, ((1 - alpha - beta) * n - d) * inverse
+    di, da, dt = common * g, alpha * share * g, beta * share * g
+    dsmooth, dalpha, dbeta = (n - d) * inverse * g, (a - i) * share * g, (t - i) * share * g
 
     probability = wide(p)
     dp = wide(target) * di + da
@@ -135,7 +140,7 @@ def _backward(
     if apply_softmax and one:
         dp = probability * (1 - probability if rest is None else wide(rest)) * dp
     elif apply_softmax:
-        dp = probability * (dp - jnp.sum(probability * dp, -1, keepdims=True))
+        dp = softmax_pullback(p, dp, -1)
     scalars = (jnp.sum(d).reshape(v.shape) for d, v in zip((dsmooth, dalpha, dbeta), options))
     return dp.reshape(shape), dtarget, dweights, *scalars
 
