@@ -49,6 +49,23 @@ def of_flax(x, gate, up, down, bias):
     return Block().apply({"params": params}, x)
 
 
+def of_equinox(x, gate, up, down, bias):
+    """Kernels [out, in], which stand first in the products."""
+
+    def one(x):
+        return down.T @ jax.nn.gelu(up.T @ x + bias)
+
+    return jax.vmap(jax.vmap(one))(x)
+
+
+def gated_of_equinox(x, gate, up, down, bias):
+    return jax.vmap(jax.vmap(lambda x: down.T @ (silu(gate.T @ x) * (up.T @ x))))(x)
+
+
+def one_batch_axis_of_equinox(x, gate, up, down, bias):
+    return jax.vmap(lambda x: down.T @ gelu(up.T @ x))(x.reshape(-1, D))
+
+
 def ops_of(fn, *args):
     return sorted(f.op for f in fb.accelerate(fn).traced(*args)[0].program.found if f.replaced)
 
@@ -65,6 +82,9 @@ def total(fn, *args):
         (plain, "gelu_mlp"),
         (no_bias, "gelu_mlp"),
         (of_flax, "gelu_mlp"),
+        (of_equinox, "gelu_mlp"),
+        (gated_of_equinox, "swiglu_mlp"),
+        (one_batch_axis_of_equinox, "gelu_mlp"),
         pytest.param(functools.partial(gated, act=gelu), "geglu_mlp", marks=pytest.mark.slow),
     ],
 )

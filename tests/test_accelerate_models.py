@@ -25,7 +25,7 @@ FOUND = {
     "flax-lstm": {"lstm": 2, "layer_norm": 1},
     "nnx-vit": {"dot_product_attention": 1, "layer_norm": 1, "rms_norm": 1, "gelu_mlp": 1},
     "equinox-cnn": {"max_pool": 2},
-    "equinox-transformer": {"dot_product_attention": 1, "layer_norm": 2, "gelu": 1},
+    "equinox-transformer": {"dot_product_attention": 1, "layer_norm": 2, "gelu_mlp": 1},
     "equinox-gru": {"gru": 1},
     "haiku-cnn": {"max_pool": 2, "batch_norm": 2, "layer_norm": 1},
     "haiku-gru": {"gru": 1, "softmax_cross_entropy_with_integer_labels": 1},
