@@ -8,15 +8,27 @@ from typing import Any
 
 from fbackprop.files import write_atomically
 
-__all__ = ["BLUE", "FAINT", "GREEN", "GRID", "INK", "ORANGE", "RED", "picture", "plain"]
+__all__ = ["BLUE", "FAINT", "GREEN", "GRID", "INK", "ORANGE", "RED", "kind_of", "picture", "plain"]
 
 INK, FAINT, GRID = "#22272e", "#8b949e", "#e3e6ea"
 BLUE, ORANGE, GREEN, RED = "#2f6fb5", "#d9822b", "#3a8f6f", "#c0392b"
 
 
+def kind_of(path: pathlib.Path) -> str:
+    """ "svg" or "png", as the name of a picture ends.
+
+    Raises:
+      ValueError: where it ends otherwise.
+    """
+    if path.suffix not in (".svg", ".png"):
+        raise ValueError(f"{path}: a picture is written as .svg or .png.")
+    return path.suffix[1:]
+
+
 @contextlib.contextmanager
 def picture(path: pathlib.Path, width: float, height: float, title: str) -> Iterator[Any]:
-    """A figure of so many inches, written to ``path`` at the end: SVG where the name ends so, else PNG."""
+    """A figure of so many inches, written to ``path`` at the end: PNG or SVG, as the name ends."""
+    kind = kind_of(path)
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -28,7 +40,7 @@ def picture(path: pathlib.Path, width: float, height: float, title: str) -> Iter
         figure.suptitle(title, x=0.015, ha="left", fontsize=11.5, fontweight="bold")
         yield figure
         content = io.BytesIO()
-        figure.savefig(content, format="svg" if path.suffix == ".svg" else "png")
+        figure.savefig(content, format=kind)
     write_atomically(path, content.getvalue())
 
 

@@ -11,7 +11,15 @@ __all__ = ["read_json", "write_atomically", "write_json"]
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Replaces the file at ``path`` in one move; a reader, or a crash, sees the old content or the new."""
+    """Replaces the file at ``path`` in one move; a reader, or a crash, sees the old content or the new.
+
+    Raises:
+      OSError: where it cannot be written, or its folder is not there.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: this is a folder; expected a file.")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -317,7 +317,7 @@ def test_files_are_whole_or_not_there(small, tmp_path):
     assert explanation.graph(tmp_path / "a.svg") == tmp_path / "a.svg"
     with pytest.raises(ValueError, match="no argument is called 'W3'"):
         explanation.html(chains=["W3[0]"], file=tmp_path / "b.html")
-    with pytest.raises(ValueError, match=r"written as \.svg or \.png, got 'b\.pdf'"):
+    with pytest.raises(ValueError, match=r"b\.pdf: a picture is written as \.svg or \.png"):
         explanation.graph(tmp_path / "b.pdf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.svg", "a.tex"]
 

@@ -173,6 +173,13 @@ def test_the_picture(tmp_path):
     found.plot(tmp_path / "kept.svg")
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "kept.svg").read_text()
+    with pytest.raises(ValueError, match=r"kept.jpg: a picture is written as .svg or .png"):
+        found.plot(tmp_path / "kept.jpg")
+    with pytest.raises(FileNotFoundError, match=r"x.html: there is no folder .*nowhere"):
+        found.html(file=tmp_path / "nowhere" / "x.html")
+    with pytest.raises(IsADirectoryError, match="this is a folder; expected a file"):
+        found.html(file=tmp_path)
+    assert not (tmp_path / "kept.jpg").exists()
 
 
 def test_bad_calls_are_refused():

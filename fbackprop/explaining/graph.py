@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fbackprop.drawing import kind_of
 from fbackprop.explaining import digits
 from fbackprop.explaining.drawing import Arrow, Box, Drawing, Line, has_hangul, png, svg
 from fbackprop.explaining.record import Explanation, Source, Step
@@ -34,12 +35,11 @@ def write_graph(explanation: Explanation, file: str | os.PathLike[str], lang: st
       ValueError: where the name ends otherwise.
     """
     file = pathlib.Path(file)
-    if file.suffix not in (".svg", ".png"):
-        raise ValueError(f"graph: a picture is written as .svg or .png, got {file.name!r}.")
-    if file.suffix == ".png" and lang != "en" and not has_hangul():
+    kind = kind_of(file)
+    if kind == "png" and lang != "en" and not has_hangul():
         lang = "en"  # an image holds its letters, and no font here has these
     picture = drawing(explanation, lang)
-    write_atomically(file, svg(picture).encode() if file.suffix == ".svg" else png(picture))
+    write_atomically(file, svg(picture).encode() if kind == "svg" else png(picture))
     return file
 
 

@@ -113,7 +113,11 @@ class Keeping:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def plot(self, path: str | pathlib.Path) -> None:
-        """Draws bytes by op and name, and beside the rivals: PNG, or SVG where the name ends so."""
+        """Draws bytes by op and name, and beside the rivals: PNG or SVG, as the name ends.
+
+        Raises:
+          ValueError: where it ends otherwise.
+        """
         from fbackprop.explaining.keeping_picture import draw
 
         draw(self, pathlib.Path(path))
