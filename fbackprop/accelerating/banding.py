@@ -1,6 +1,7 @@
 """Tells of a mask or an additive bias made of constants whether it is a band: causal, a window of keys around each query, or
 nothing at all. Every element is looked at, in a compiled program that keeps none of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,26 +60,31 @@ def _band(found: Region, queries: int, keys: int, told: int) -> Band | None:
             return array == bool(told), array != bool(told)
         return array == 0, told * array <= LOW
 
-    with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
-        first, last = (np.asarray(jax.jit(lambda n=n: rows(slice(n, n + 1))[0][0, 0])()) for n in (0, t - 1))
-        if not first.any() or not last.any():
-            return None
-        right = None if first.all() else int(np.flatnonzero(first)[-1])
-        left = None if last[0] else t - 1 - int(np.flatnonzero(last)[0])
-        if t > s + (s if left is None else left):  # the last queries would see nothing
-            return None
+    first, last = _run(lambda: jnp.stack([rows(slice(n, n + 1))[0][0, 0] for n in (0, t - 1)]))
+    if not first.any() or not last.any():
+        return None
+    right = None if first.all() else int(np.flatnonzero(first)[-1])
+    left = None if last[0] else t - 1 - int(np.flatnonzero(last)[0])
+    if t > s + (s if left is None else left):  # the last queries would see nothing
+        return None
 
-        def same() -> jax.Array:
-            i, j = jnp.arange(t)[:, None], jnp.arange(s)[None]
-            seen, hidden = rows(slice(None))
-            band = (True if left is None else j >= i - left) & (True if right is None else j <= i + right)
-            return jnp.where(jnp.broadcast_to(band, (t, s))[None], seen, hidden).all()
+    def same() -> jax.Array:
+        i, j = jnp.arange(t)[:, None], jnp.arange(s)[None]
+        seen, hidden = rows(slice(None))
+        band = (True if left is None else j >= i - left) & (True if right is None else j <= i + right)
+        return jnp.where(jnp.broadcast_to(band, (t, s))[None], seen, hidden).all()
 
-        if not jax.jit(same)():
-            return None
+    if not _run(same):
+        return None
     if left is None and right in (None, 0):
         return {} if right is None else {"is_causal": True}
     return {"local_window_size": (t if left is None else left, s if right is None else right)}
+
+
+def _run(fn: Callable[[], jax.Array]) -> np.ndarray:
+    """What a function gives, compiled as a whole, also while something else is traced."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        return np.asarray(jax.jit(fn).lower().compile()())
 
 
 def _value(found: Region) -> Any:
