@@ -11,7 +11,8 @@ from fbackprop import ops
 from fbackprop.accelerating.evaluation import is_elementwise
 from fbackprop.accelerating.feeding import fed
 from fbackprop.accelerating.program import Equation, Program, Value
-from fbackprop.accelerating.sites import Site, backwards, constant, proved
+from fbackprop.accelerating.sites import Site, proved
+from fbackprop.accelerating.walking import backwards, constant
 
 __all__ = ["activations"]
 

@@ -1,8 +1,8 @@
 """Finds attention: two batched matrix products, and between them a softmax over the keys, with a cap, a bias and a mask or
 without.
 
-A mask or bias of constants is proved as if it were any other; where it turns out to be causal or a window of keys, the op is
-told that in its place, and where it is all that stands against short axes of queries, long sequences are no more work.
+A mask or bias of constants is proved as if it were an argument, for which a few queries do. Where it turns out to be causal or a
+window of keys, the op is told that in its place.
 
 Which axis is what follows from the products and from the classes of axes in between. The scale is measured: with twice the
 logits, differences of log p change by as much as the scaled logits do.
@@ -22,7 +22,8 @@ from fbackprop.accelerating.axes import Axes
 from fbackprop.accelerating.banding import Band, band_of
 from fbackprop.accelerating.evaluation import Unknown, evaluate, is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Region, Value, region
-from fbackprop.accelerating.sites import MOST, REDUCING, SHAPING, Near, Site, chain, first, peeled, sides
+from fbackprop.accelerating.sites import MOST, Near, Site, first
+from fbackprop.accelerating.walking import REDUCING, SHAPING, chain, peeled, sides
 
 __all__ = ["attentions"]
 

@@ -11,7 +11,8 @@ import numpy as np
 from fbackprop.accelerating.axes import Axes
 from fbackprop.accelerating.evaluation import Unknown
 from fbackprop.accelerating.program import Region, Value, region
-from fbackprop.accelerating.sites import constant, structure
+from fbackprop.accelerating.sites import structure
+from fbackprop.accelerating.walking import constant
 
 __all__ = ["Band", "band_of"]
 

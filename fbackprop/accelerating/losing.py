@@ -14,18 +14,8 @@ from fbackprop import ops
 from fbackprop.accelerating.evaluation import is_elementwise
 from fbackprop.accelerating.program import Equation, Program, Value
 from fbackprop.accelerating.projecting import BEYOND, moved, projected, within
-from fbackprop.accelerating.sites import (
-    SHAPING,
-    Near,
-    Site,
-    chain,
-    constant,
-    first,
-    integer_constants,
-    integer_sources,
-    sides,
-    source,
-)
+from fbackprop.accelerating.sites import Near, Site, first
+from fbackprop.accelerating.walking import SHAPING, chain, constant, integer_constants, integer_sources, sides, source
 
 __all__ = ["cross_entropies"]
 

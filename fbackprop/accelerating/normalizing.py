@@ -10,7 +10,8 @@ import numpy as np
 
 from fbackprop import ops
 from fbackprop.accelerating.program import Equation, Program, Value, region
-from fbackprop.accelerating.sites import SHAPING, Near, Site, chain, first, peeled, sides, source
+from fbackprop.accelerating.sites import Near, Site, first
+from fbackprop.accelerating.walking import SHAPING, chain, peeled, sides, source
 
 __all__ = ["normalizations"]
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from fbackprop import ops
 from fbackprop.accelerating.axes import groups
 from fbackprop.accelerating.program import Equation, Program, Value
-from fbackprop.accelerating.sites import SHAPING, Near, Site, first, integer_constants, integer_sources, peeled, uniform
+from fbackprop.accelerating.sites import Near, Site, first
+from fbackprop.accelerating.walking import SHAPING, integer_constants, integer_sources, peeled, uniform
 from fbackprop.ops._vocabulary import accumulates
 
 __all__ = ["BEYOND", "moved", "projected", "within"]
