@@ -1,8 +1,8 @@
 """Finds attention: two batched matrix products, and between them a softmax over the keys, with a cap, a bias and a mask or
 without.
 
-A mask or bias of constants is proved as if it were an argument, for which a few queries do. Where it turns out to be causal or a
-window of keys, the op is told that in its place.
+A mask or bias of constants is proved as if it were an argument, for which a few queries do. Where it turns out to be causal or
+a window of keys, the op is told that in its place.
 
 Which axis is what follows from the products and from the classes of axes in between. The scale is measured: with twice the
 logits, differences of log p change by as much as the scaled logits do.
