@@ -105,6 +105,8 @@ WRONG_CALLS += [
     (lambda: fb.spectral_norm(X, X[:1], epsilon=-1.0), "spectral_norm: epsilon is -1.0, expected a number from 0"),
     (lambda: L.repeat(L.Dense(6), 3).init(X, KEY), r"repeat: key is float32\[4, 6\], expected a random key"),
     (lambda: fb.rotary_embedding(jnp.ones((3, 2, 4)), base=-1.0), "rotary_embedding: base is -1.0, expected a number above 0"),
+    (lambda: fb.smooth_labels(X, 0.1, where=X[:1] > 0), r"smooth_labels: where must be .* got bool where \(1, 6\), labels \(4"),
+    (lambda: fb.smooth_labels(X, 0.1, where=X), "smooth_labels: where must be booleans of the shape of labels, got float32"),
     (lambda: L.MaxPool(2), r"MaxPool: window_shape must name a size for each spatial dimension, such as \(2, 2\); got 2"),
     (lambda: L.AdaptiveAvgPool(7), r"AdaptiveAvgPool: output_size must name a size .* such as \(7, 7\); got 7"),
     (lambda: L.Einsum(3, "ab->ab"), "Einsum: expected the shape of the kernel .*got shape 3"),

@@ -207,4 +207,7 @@ def smooth_labels(labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where
     """
     require_float("smooth_labels", labels=labels)
     canonical_axes("smooth_labels", axis, jnp.ndim(labels))
+    if where is not None and (jnp.result_type(where) != jnp.bool_ or jnp.shape(where) != jnp.shape(labels)):
+        got = f"{jnp.result_type(where)} {shapes(where=where, labels=labels)}"
+        raise ValueError(f"smooth_labels: where must be booleans of the shape of labels, got {got}.")
     return _smooth(labels, alpha, axis, where)
