@@ -227,6 +227,15 @@ def test_cross_entropy(loss, op):
         np.testing.assert_allclose(fb.accelerate(loss)(normal(6, 7), beyond), loss(normal(6, 7), beyond), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_labels_of_other_integers(dtype):
+    labels = np.array([0, 3, 6, 2, 1, 5], dtype)
+    for loss in (optax.softmax_cross_entropy_with_integer_labels, by_index):
+        x = normal(6, 100)
+        assert ops_of(loss, x, labels) == [INTEGER]
+        np.testing.assert_allclose(fb.accelerate(loss)(x, labels), loss(x, labels), rtol=1e-5)
+
+
 def test_a_label_of_another_row_is_left():
     labels = np.array([0, 3, 6, 2, 1, 5])
 

@@ -94,6 +94,7 @@ def _followed(move: Equation, at: int) -> int | None:
 
 def within(labels: Any, classes: int) -> Any:
     """The class that indexing takes for a label: from the end for one below 0, the nearest one for what is none."""
+    labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
     return jnp.clip(jnp.where(labels < 0, labels + classes, labels), 0, classes - 1)
 
 
