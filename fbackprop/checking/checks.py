@@ -113,8 +113,11 @@ def _second_opinion(evidence: Evidence, leaf: int, rows: Sequence[int]) -> float
     rows = list(rows)
     with np.errstate(all="ignore"):
         errors = [largest(theirs[leaf][rows] - truth[leaf][rows]) for theirs, truth in evidence.nudged()]
-    rounding = 2.0**-48 * max(_ordinary(evidence, leaf, rows), largest(evidence.truth[leaf]))
-    return max([2 * e for e in errors] + [rounding])
+    return max([2 * e for e in errors] + [_float64_rounding(evidence, leaf, rows)])
+
+
+def _float64_rounding(evidence: Evidence, leaf: int, rows: Sequence[int]) -> float:
+    return 2.0**-48 * max(_ordinary(evidence, leaf, rows), largest(evidence.truth[leaf]))
 
 
 def relative_tolerances(evidence: Evidence) -> list[float]:
@@ -324,6 +327,8 @@ def _sums(evidence: Evidence) -> Iterator[Finding]:
             reference, size = largest((theirs - truth).sum(axis)), largest(np.abs(truth).sum(axis))
             rounding = 4 * eps_of(leaf.dtype) * size
             allowed = max(2 * reference, rounding, count * smallest(leaf.dtype), 3 * count * _slack(evidence, i, rows))
+            if error.max() > allowed and leaf.dtype != jnp.float64:
+                allowed = max(allowed, count * _float64_rounding(evidence, i, rows))
             if error.max() > allowed:
                 where = "all axes" if len(axis) > 1 else f"axis {axis[0] - 1}"
                 message = (
