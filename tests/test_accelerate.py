@@ -402,7 +402,7 @@ CAUSAL = {"is_causal": True}
         (lambda z, i, j: jnp.where(jnp.tril(jnp.ones_like(z)) == 0, -1e9, z), CAUSAL),
         (lambda z, i, j: jnp.where(((i >= j) & (i - j < 3))[None, None], z, -1e9), {"local_window_size": (2, 0)}),
         (lambda z, i, j: jnp.where((abs(i - j) <= 2)[None, None], z, -1e9), {"local_window_size": (2, 2)}),
-        (lambda z, i, j: jnp.where((j <= i + 2)[None, None], z, -1e9), {"local_window_size": (6, 2)}),
+        (lambda z, i, j: jnp.where((j <= i + 2)[None, None], z, -1e9), {"local_window_size": (5, 2)}),
         (lambda z, i, j: jnp.where((i >= 0)[None, None] & (j >= 0)[None, None], z, -1e9), {}),
         (lambda z, i, j: jnp.where(((i >= j) & (i != 4))[None, None], z, -1e9), {"mask"}),
         (lambda z, i, j: jnp.where(((i >= j) | (j == 5))[None, None], z, -1e9), {"mask"}),

@@ -1,7 +1,6 @@
 """Tells of a mask or an additive bias made of constants whether it is a band: causal, a window of keys around each query, or
 nothing at all. Every element is looked at, in a compiled program that keeps none of them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,31 +60,21 @@ def _band(found: Region, queries: int, keys: int, told: int) -> Band | None:
             return array == bool(told), array != bool(told)
         return array == 0, told * array <= LOW
 
-    first, last = _run(lambda: jnp.stack([rows(slice(n, n + 1))[0][0, 0] for n in (0, t - 1)]))
-    if not first.any() or not last.any():
-        return None
-    right = None if first.all() else int(np.flatnonzero(first)[-1])
-    left = None if last[0] else t - 1 - int(np.flatnonzero(last)[0])
-    if t > s + (s if left is None else left):  # the last queries would see nothing
-        return None
-
-    def same() -> jax.Array:
+    def looked_at() -> jax.Array:
+        (first, _), (last, _), (seen, hidden) = (rows(slice(*of)) for of in ((0, 1), (t - 1, t), (0, t)))
+        right, left = s - 1 - jnp.argmax(first[0, 0, ::-1]), t - 1 - jnp.argmax(last[0, 0])
         i, j = jnp.arange(t)[:, None], jnp.arange(s)[None]
-        seen, hidden = rows(slice(None))
-        band = (True if left is None else j >= i - left) & (True if right is None else j <= i + right)
-        return jnp.where(jnp.broadcast_to(band, (t, s))[None], seen, hidden).all()
+        band = (j >= i - left) & (j <= i + right)
+        same = jnp.where(jnp.broadcast_to(band, seen.shape), seen, hidden).all() & band.any(-1).all()
+        return jnp.stack([same.astype(left.dtype), left, right])
 
-    if not _run(same):
+    with jax.default_device(jax.devices("cpu")[0]):  # compiled as a whole, also while something else is traced
+        same, left, right = map(int, np.asarray(jax.jit(looked_at).lower().compile()()))
+    if not same or left < 0:
         return None
-    if left is None and right in (None, 0):
-        return {} if right is None else {"is_causal": True}
-    return {"local_window_size": (t if left is None else left, s if right is None else right)}
-
-
-def _run(fn: Callable[[], jax.Array]) -> np.ndarray:
-    """What a function gives, compiled as a whole, also while something else is traced."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        return np.asarray(jax.jit(fn).lower().compile()())
+    if left == t - 1 and right in (0, s - 1):
+        return {"is_causal": True} if right == 0 else {}
+    return {"local_window_size": (left, right)}
 
 
 def _value(found: Region) -> Any:
