@@ -354,6 +354,8 @@ def _finite(evidence: Evidence) -> Iterator[Finding]:
         ours, theirs, truth = (e[i][rows] for e in (evidence.ours, evidence.theirs, evidence.truth))
         possible = representable(truth, evidence.subject.floats[i].dtype)
         wrong = ~np.isfinite(ours) & possible & np.isfinite(theirs)
+        for row in np.flatnonzero(wrong.reshape(len(rows), -1).any(1)):
+            wrong[row] &= np.isfinite(evidence.single(rows[row])[i])
         wrong |= np.isnan(ours) & np.isinf(truth) & (theirs == truth)
         if wrong.any():
             where = tuple(map(int, np.argwhere(wrong)[0]))

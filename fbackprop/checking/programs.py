@@ -65,6 +65,9 @@ class Evidence:
     undifferentiable: str  # why JAX cannot differentiate the reference; then the truth is finite differences
     nudged: Callable[[], list[tuple[Arrays, Arrays]]]
     """jax.grad of the reference and the truth, at arguments that differ in the last place: what it errs by hereabouts."""
+    single: Callable[[int], Arrays]
+    """jax.grad of the reference for one cotangent and not in a loop, as the rule is called: compilers choose other algorithms
+    in loops, and some multiply the zeros between dilated elements."""
     failure: str = ""
 
 
@@ -110,13 +113,18 @@ def gather(
     def nudged() -> list[tuple[Arrays, Arrays]]:
         return [] if undifferentiable else [_nudged(rng, of_reference, floats, arrays, constant, dys) for _ in range(NUDGES)]
 
+    def single(k: int) -> Arrays:
+        if undifferentiable:
+            return [leaf[k] for leaf in theirs]
+        return as_numpy(of_reference["gradient"](floats, arrays, [jnp.asarray(dy[k]) for dy in dys]))
+
     values = {"reference": (as_numpy(reference_y), list(reference_others)), "truth": (true_values, [])}
     common: dict[str, Any] = {
         "subject": subject, "definition": definition, "kinds": kinds, "theirs": theirs, "truth": truth,
         "dys": [[dy[k] for dy in dys] for k in range(len(kinds))], "slack": slack, "values": values,
         "value_types": tuple(outputs), "value_slack": value_slack, "differences": differences,
         "narrow": tuple(sorted(definition.narrow)), "undifferentiable": undifferentiable,
-        "nudged": nudged,
+        "nudged": nudged, "single": single,
     }  # fmt: skip
     try:
         of_fn = _kept(_subject_programs, subject.fn, call, subject.groups, *subject.halves)
@@ -220,6 +228,9 @@ def _reference_programs(reference: Callable[..., Any], call: Call, floats: Any, 
         y, pullback, others = jax.vjp(lambda f: run(f, arrays), list(floats), has_aux=True)
         return y, others, jax.lax.map(lambda dy: pullback(dy)[0], dys)
 
+    def gradient(floats: Any, arrays: Any, dy: Any) -> Any:
+        return jax.vjp(lambda f: definition.opened(f, arrays), list(floats), has_aux=True)[1](dy)[0]
+
     def moved(floats: Any, arrays: Any, directions: Any, offsets: Any) -> Any:
         def at(item: Any) -> Any:
             direction, offset = item
@@ -230,6 +241,7 @@ def _reference_programs(reference: Callable[..., Any], call: Call, floats: Any, 
     return {
         "definition": definition,
         "gradients": jax.jit(functools.partial(gradients, definition.opened)),
+        "gradient": jax.jit(gradient),
         "truth": jax.jit(functools.partial(gradients, definition.widened)),
         "moved": jax.jit(moved),
         "value": jax.jit(definition.flat),
