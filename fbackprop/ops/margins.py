@@ -252,9 +252,10 @@ def _sparse_backward(saved: _SparseSaved, dy: jax.Array) -> tuple[Any, ...]:
 @rule(
     forward=_sparse_forward,
     backward=_sparse_backward,
+    samples=_ROWS["samples"],
+    workloads=[sample(normal(1024, 4096), integer_labels(1024, classes=4096))],
     keeps="p − onehot(labels)",
     minimum=lambda scores: nbytes(scores),
-    **_ROWS,
 )
 def multiclass_sparsemax_loss(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
     """The sparsemax loss of several classes: 0 as soon as the label's score leads all others by 1.
