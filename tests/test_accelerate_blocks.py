@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 import fbackprop as fb
+from fbackprop.accelerating import feeding
 from fbackprop.measuring import saved_bytes
 
 B, T, D, F = 2, 16, 8, 64
 silu, gelu = jax.nn.silu, functools.partial(jax.nn.gelu, approximate=False)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks_count(monkeypatch, request):
+    if "size" not in request.node.name:
+        monkeypatch.setattr(feeding, "HIDDEN", 0)
 
 
 def arrays(dtype="float32"):
@@ -177,3 +184,11 @@ def test_a_bias_along_positions_is_no_bias_of_features():
     bias = jnp.arange(64.0) / 64
     assert ops_of(along_positions, x, up, down, bias) == ["gelu"]
     assert ops_of(lambda *a: along_positions(*a[:3], a[3].T[:, 0]), x, up, down, jnp.ones((64, 64))) == ["gelu"]
+
+
+def test_from_its_size_on_a_block_is_merged():
+    def found(rows):
+        return ops_of(plain, *(jnp.zeros(s) for s in ((rows, 1, D), (D, F), (D, F), (F, D), (F,))))
+
+    assert "gelu_mlp" in found(feeding.HIDDEN // F)
+    assert {"gelu", "gelu_mlp"} & set(found(feeding.HIDDEN // F - 1)) == {"gelu"}

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 import fbackprop as fb
+from fbackprop.accelerating import feeding
 
 _PATH = pathlib.Path(__file__).parents[1] / "benchmarks" / "accelerate.py"
 _SPEC = importlib.util.spec_from_file_location("benchmarks_accelerate", _PATH)
@@ -32,6 +33,11 @@ FOUND = {
     "jax-llama": {"dot_product_attention": 1, "rms_norm": 3, "swiglu_mlp": 1, "softmax_cross_entropy_with_integer_labels": 1},
     "jax-mlp": {"layer_norm": 2, "gelu": 2},
 }
+
+
+@pytest.fixture(autouse=True)
+def small_blocks_count(monkeypatch):
+    monkeypatch.setattr(feeding, "HIDDEN", 0)
 
 
 def model(name, arrays=True):

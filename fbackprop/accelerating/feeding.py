@@ -3,7 +3,8 @@
     gelu_mlp      φ(x U + b) D              swiglu_mlp, geglu_mlp      (φ(x G) · (x U)) D
 
 The activation alone keeps its input, and the product behind it what it multiplies: two hidden arrays, or four where there is a
-gate. The block keeps what the first products gave, one or two.
+gate. The block keeps what the first products gave, one or two, and computes the activation once more: that pays where these
+arrays are large. (A small transformer for images trains 10 % slower with it on a CPU, to save 16 MiB.)
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ from fbackprop.accelerating.program import Equation, Program, Value
 from fbackprop.accelerating.sites import Site, misfit
 
 __all__ = ["fed"]
+
+HIDDEN = 2**22  # numbers in a hidden array; blocks with fewer are left to the activation's own rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,8 @@ def fed(program: Program, site: Site, taken: set[int]) -> Site | None:
     if site.op not in ("gelu", "silu"):
         return None
     (h,), (a,) = site.inputs, site.outputs
+    if h.size < HIDDEN:
+        return None
     own, user, linear = [*site.equations], _only_user(program, a), None
     if user is not None and user.name == "mul" and len({id(v) for v in user.inputs}) == 2:
         (linear,) = (v for v in user.inputs if v is not a)

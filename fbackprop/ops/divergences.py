@@ -41,7 +41,9 @@ def _kl(l: jax.Array, t: jax.Array) -> jax.Array:
 
 
 def _generalized(l: jax.Array, t: jax.Array) -> jax.Array:
-    return jnp.where(t == 0, 0, t * (_log(t) - l) - t) + jnp.exp(l)
+    # The choice comes last: of a sum the compiler would write both terms to memory before it adds them up.
+    p = jnp.exp(l)
+    return jnp.where(t == 0, p, t * (_log(t) - l) - t + p)
 
 
 def _with_log(l: jax.Array, t: jax.Array) -> jax.Array:
