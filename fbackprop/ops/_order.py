@@ -30,7 +30,7 @@ def again(x: jax.Array, after: jax.Array) -> jax.Array:
     def anew(x: jax.Array, after: jax.Array) -> jax.Array:
         return x * _unknown(1, x.dtype, after)
 
-    return jax.lax.platform_dependent(x, after, cpu=lambda x, after: x, default=anew)
+    return jax.lax.platform_dependent(x, after, cpu=varying_like, default=anew)
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike, after: jax.Array) -> jax.Array:
@@ -39,7 +39,7 @@ def zeros(shape: tuple[int, ...], dtype: DTypeLike, after: jax.Array) -> jax.Arr
     def late(after: jax.Array) -> jax.Array:
         return jnp.broadcast_to(_unknown(0, dtype, after), shape)
 
-    return jax.lax.platform_dependent(after, cpu=lambda after: jnp.zeros(shape, dtype), default=late)
+    return jax.lax.platform_dependent(after, cpu=lambda after: varying_like(jnp.zeros(shape, dtype), after), default=late)
 
 
 def _unknown(number: int, dtype: DTypeLike, after: jax.Array) -> jax.Array:

@@ -77,6 +77,11 @@ def _with_parameter(x: Any, parameter: Any) -> int:
     return nbytes(x) + (nbytes(parameter) if hasattr(parameter, "shape") else 4)
 
 
+def _negative(x: jax.Array) -> jax.Array:
+    """x where it is not positive, with slope 1 at 0 as in the definitions, where that of minimum is a half."""
+    return jnp.where(x > 0, 0, x)
+
+
 def _bell(x: jax.Array) -> jax.Array:
     e = jnp.exp(-jnp.abs(x))
     return e / jnp.square(1 + e)
@@ -226,8 +231,8 @@ def gelu(x: ArrayLike, approximate: bool = True) -> jax.Array:
 
 
 @elementwise(
-    lambda x, alpha: jnp.where(x > 0, 1, alpha * jnp.exp(jnp.minimum(x, 0))),
-    lambda x: jnp.where(x > 0, 0, jnp.expm1(jnp.minimum(x, 0))),
+    lambda x, alpha: jnp.where(x > 0, 1, alpha * jnp.exp(_negative(x))),
+    lambda x: jnp.where(x > 0, 0, jnp.expm1(_negative(x))),
     samples=[
         sample(normal(5, 7)),
         sample(normal(5, 7), 0.3),
@@ -250,8 +255,8 @@ def elu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:
 
 
 @elementwise(
-    lambda x, alpha: jnp.where(x > 0, 1, jnp.exp(jnp.minimum(x, 0) / alpha)),
-    lambda x, alpha: jnp.where(x > 0, 0, _celu_by_alpha(jnp.minimum(x, 0) / alpha)),
+    lambda x, alpha: jnp.where(x > 0, 1, jnp.exp(_negative(x) / alpha)),
+    lambda x, alpha: jnp.where(x > 0, 0, _celu_by_alpha(_negative(x) / alpha)),
     samples=[sample(normal(5, 7), positive(1, 7)), sample(constant(0.0, 3))],
     minimum=lambda x, alpha: _with_parameter(x, alpha),
 )
@@ -267,14 +272,14 @@ def celu(x: ArrayLike, alpha: ArrayLike = 1.0) -> jax.Array:
 
 
 def _celu_by_alpha(q: jax.Array) -> jax.Array:
-    return jnp.expm1(q) - q * jnp.exp(q)
+    return jnp.expm1(q) - jnp.where(q == -jnp.inf, 0, q) * jnp.exp(q)  # −∞ where alpha is 0: −1
 
 
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
 
 
 @elementwise(
-    lambda x: jnp.where(x > 0, _SELU_SCALE, _SELU_SCALE * _SELU_ALPHA * jnp.exp(jnp.minimum(x, 0))),
+    lambda x: jnp.where(x > 0, _SELU_SCALE, _SELU_SCALE * _SELU_ALPHA * jnp.exp(_negative(x))),
     samples=[sample(normal(5, 7))],
     minimum=_size,
 )
