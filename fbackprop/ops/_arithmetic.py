@@ -87,6 +87,11 @@ def varying_like(tree: Any, *others: Any) -> Any:
     return jax.tree.map(vary, tree) if axes else tree
 
 
+def still(value: jax.Array, where: jax.Array) -> jax.Array:
+    """The value itself, but a constant to derivatives ``where`` this is true."""
+    return jnp.where(where, jax.lax.stop_gradient(value), value)
+
+
 def nbytes(*arrays: Any) -> int:
     """Bytes of arrays, or of whatever has a shape and a dtype as they have; None has none."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays if a is not None)

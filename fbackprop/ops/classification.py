@@ -22,7 +22,18 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import canonical_axes, count, float_type, nbytes, require_float, shapes, sum_to, wide, wide_type
+from fbackprop.ops._arithmetic import (
+    canonical_axes,
+    count,
+    float_type,
+    nbytes,
+    require_float,
+    shapes,
+    still,
+    sum_to,
+    wide,
+    wide_type,
+)
 from fbackprop.ops.probabilities import Normalizer, log_normalizer
 from fbackprop.rules import rule
 from fbackprop.samples import impossible, mask, normal, positive, probabilities, sample, uniform
@@ -63,7 +74,7 @@ def _poly_parts(logits: ArrayLike, labels: ArrayLike, normalizer: Normalizer, wh
     unlikely = unlikely if where is None else unlikely | ~where
     log_p = jnp.where(unlikely, 0, log_p)
     inside = z if where is None else jnp.where(where, z, -jnp.inf)
-    counted = jnp.where(unlikely, jax.lax.stop_gradient(t), t)
+    counted = still(t, unlikely)
     return _Poly(log_p, jnp.exp(inside - normalizer.top), jnp.where(unlikely, 1, -jnp.expm1(log_p)), t, counted)
 
 

@@ -6,7 +6,8 @@
     kl_divergence_with_log_targets     exp(t) (t − l)                      dl = −exp(t) dL        dt = exp(t) (t − l + 1) dL
 
 Of a target of probability 0 only exp(l) counts, however impossible the prediction holds it (0 log 0 = 0), and it receives no
-cotangent. Elements that ``where`` leaves out count nothing. Kept are l and t. Sums are in float32 or wider.
+cotangent, nor does its zero where the backward is differentiated. Elements that ``where`` leaves out count nothing. Kept are l
+and t. Sums are in float32 or wider.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import canonical_axes, nbytes, require_float, shapes, sum_to, wide
+from fbackprop.ops._arithmetic import canonical_axes, nbytes, require_float, shapes, still, sum_to, wide
 from fbackprop.rules import rule
 from fbackprop.samples import impossible, mask, normal, probabilities, sample
 
@@ -29,11 +30,6 @@ Term = Callable[[jax.Array, jax.Array], jax.Array]
 def _log(t: jax.Array) -> jax.Array:
     """log t, and a constant where t = 0."""
     return jnp.log(jnp.where(t == 0, 1, t))
-
-
-def _still_at_zero(t: jax.Array) -> jax.Array:
-    """t, whose zeros are constants where the backward is differentiated: they receive no cotangent."""
-    return jnp.where(t == 0, jax.lax.stop_gradient(t), t)
 
 
 def _kl(l: jax.Array, t: jax.Array) -> jax.Array:
@@ -118,7 +114,7 @@ def _kl_forward(
 
 @rule(
     forward=_kl_forward,
-    backward=_backward(lambda l, t: -_still_at_zero(t), lambda l, t: jnp.where(t == 0, 0, _log(t) - l + 1)),
+    backward=_backward(lambda l, t: -still(t, t == 0), lambda l, t: jnp.where(t == 0, 0, _log(t) - l + 1)),
     **_OF_TARGETS,
 )
 def kl_divergence(log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
@@ -143,7 +139,7 @@ def _generalized_forward(
 
 @rule(
     forward=_generalized_forward,
-    backward=_backward(lambda l, t: jnp.exp(l) - _still_at_zero(t), lambda l, t: jnp.where(t == 0, 0, _log(t) - l)),
+    backward=_backward(lambda l, t: jnp.exp(l) - still(t, t == 0), lambda l, t: jnp.where(t == 0, 0, _log(t) - l)),
     **_OF_TARGETS,
 )
 def generalized_kl_divergence(

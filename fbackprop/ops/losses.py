@@ -26,7 +26,18 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import canonical_axes, count, float_type, nbytes, require_float, shapes, sum_to, wide, wide_type
+from fbackprop.ops._arithmetic import (
+    canonical_axes,
+    count,
+    float_type,
+    nbytes,
+    require_float,
+    shapes,
+    still,
+    sum_to,
+    wide,
+    wide_type,
+)
 from fbackprop.ops.probabilities import Normalizer, highest, log_normalizer
 from fbackprop.rules import rule
 from fbackprop.samples import constant, impossible, mask, normal, probabilities, sample, uniform
@@ -336,10 +347,6 @@ def _infinite(normalizer: Normalizer, logits: ArrayLike) -> jax.Array:
     return normalizer.top == _most(logits)
 
 
-def _still(value: jax.Array, infinite: jax.Array) -> jax.Array:
-    return jnp.where(infinite, jax.lax.stop_gradient(value), value)
-
-
 class _SoftSaved(NamedTuple):
     exponentials: jax.Array | None  # in float32 and wider
     logits: jax.Array  # for dt; below float32 for dz too
@@ -379,7 +386,7 @@ def _soft(logits: ArrayLike, labels: ArrayLike, axis: Any, where: jax.Array | No
     normalizer = Normalizer(top, jnp.where(total == 0, 1, total))
     terms = _surprise(z, normalizer, t, t)
     value = jnp.sum(terms if where is None else jnp.where(where, terms, 0), axis)
-    value = _still(value, _infinite(normalizer, logits).reshape(value.shape))
+    value = still(value, _infinite(normalizer, logits).reshape(value.shape))
     return _Soft(value.astype(float_type(logits, labels)), e, normalizer)
 
 
@@ -403,7 +410,7 @@ def _soft_backward(saved: _SoftSaved, dy: jax.Array, *, axis: int | Sequence[int
     # An impossible class has t = 0, a constant where the backward is differentiated. The compiler sees t itself, and nothing
     # to be written out before the sum.
     impossible = jnp.signbit(e)
-    counted = jnp.where((t == 0) & impossible, jax.lax.stop_gradient(counted), counted)
+    counted = still(counted, (t == 0) & impossible)
     total = jnp.sum(jnp.broadcast_to(counted, z.shape), axis, keepdims=True)
     # What each row has one of is divided first: the exponentials, which the compiler has from the forward, meet one factor.
     dlogits = (jnp.where(impossible, 0, e * (total / normalizer.total)) - counted) * g
