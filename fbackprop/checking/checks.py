@@ -384,7 +384,8 @@ def _nonzero(evidence: Evidence) -> Iterator[Finding]:
     rounding = 2.0**-48 * max((largest(truth) for truth in evidence.truth), default=0.0)  # next to another cotangent: no more
     for i, name in enumerate(evidence.subject.names):
         scale, least = largest(evidence.truth[i]), max(smallest(evidence.subject.floats[i].dtype), rounding)
-        known = largest(evidence.theirs[i] - evidence.truth[i]) < scale  # else jax.grad errs by more than zero does
+        with np.errstate(invalid="ignore"):  # ∞ − ∞: such places say nothing
+            known = largest(evidence.theirs[i] - evidence.truth[i]) < scale  # else jax.grad errs by more than zero does
         if scale > least and known and evidence.theirs[i].any() and not evidence.ours[i].any():
             yield Finding(
                 "nonzero", name, f"the cotangent is zero everywhere; the truth reaches {scale:.3g}.", None, {"truth": scale}
