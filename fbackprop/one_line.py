@@ -1,8 +1,10 @@
 """The one-line form of a rule, for functions of single elements: only the derivative is written.
 
 y = f(x)        dx = dy · f′(x)        and a smaller argument that was broadcast receives the sum
+y = f(p − t)    dp = dy · f′(p − t)    dt = −dp, for which ``opposite`` stands: the product is not taken twice
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -13,10 +15,14 @@ import jax.numpy as jnp
 from fbackprop.rules import Op, Static, rule
 from fbackprop.samples import Sample, normal, sample
 
-__all__ = ["elementwise"]
+__all__ = ["elementwise", "opposite"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def opposite() -> None:
+    """Stands for the opposite of the derivative before it, as that of p − t with respect to t is of that to p."""
 
 
 def elementwise(
@@ -34,7 +40,8 @@ def elementwise(
 
     Args:
       derivatives: one function for each argument that is not static, the derivative of the output with respect to it,
-        as a function of any of the arguments and of the output ``y``, by name. What no derivative names is not kept.
+        as a function of any of the arguments and of the output ``y``, by name; or ``opposite``. What no derivative names is
+        not kept.
         They compute in float32 or wider, and a smaller argument that was broadcast receives the sum.
       narrow: the derivatives to use where x is narrower than float32: a rounded y may say less than x does.
       between: more values that derivatives may name, such as one error in place of a prediction and a target: by name, as
@@ -52,6 +59,8 @@ def elementwise(
                 raise TypeError(
                     f"rule {reference.__name__}: {len(form)} derivatives for {', '.join(arguments)}; expected one each."
                 )
+            if form[:1] == (opposite,):
+                raise TypeError(f"rule {reference.__name__}: opposite stands behind a derivative, got it for {arguments[0]}.")
             if unknown := {n for d in form for n in inspect.signature(d).parameters} - {*parameters, *inner, "y"}:
                 raise TypeError(
                     f"rule {reference.__name__}: a derivative names {sorted(unknown)}; known are {(*parameters, *inner)} and y."
@@ -74,15 +83,20 @@ def elementwise(
             kept, shapes = saved
             wide = jnp.promote_types(dy.dtype, jnp.float32)
             known = {**{n: _widen(v, wide) for n, v in kept.items()}, **options}
-            result = []
-            for derivative, (shape, dtype) in zip(chosen(dy.dtype), shapes.value):
+
+            @functools.cache
+            def product(derivative: Callable[..., Any]) -> jax.Array:
+                """The chain rule for a function of single elements: d<argument> = dy · slope. A slope of True and False
+                selects: 0 · inf would be NaN."""
+                slope = jnp.asarray(_given(derivative, known))
+                return jnp.where(slope, dy, 0) if slope.dtype == bool else dy.astype(wide) * slope
+
+            form, result = chosen(dy.dtype), []
+            for i, (shape, dtype) in enumerate(shapes.value):
                 if not jnp.issubdtype(dtype, jnp.inexact):
                     result.append(None)
                     continue
-                slope = jnp.asarray(_given(derivative, known))
-                # The chain rule for a function of single elements: d<argument> = dy · slope. A slope of True and False
-                # selects: 0 · inf would be NaN.
-                d = jnp.where(slope, dy, 0) if slope.dtype == bool else dy.astype(wide) * slope
+                d = -product(form[i - 1]) if form[i] is opposite else product(form[i])
                 result.append(_sum_to(d, shape))
             return tuple(result)
 

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as S
 
 from fbackprop import context, rules
 from fbackprop.context import without_rules
-from fbackprop.one_line import elementwise
+from fbackprop.one_line import elementwise, opposite
 from fbackprop.rules import RULES, rule
 
 # ---------------------------------------------------------------------------------------------- rules to test with
@@ -143,6 +143,12 @@ def _mask(key, x):
 def logistic(x):
     """1 / (1 + exp(-x))."""
     return jax.nn.sigmoid(x)
+
+
+@elementwise(lambda x, t: x - t, opposite)
+def half_error(x, t):
+    """½ (x − t)²."""
+    return (x - t) ** 2 / 2
 
 
 @elementwise(lambda y: y, lambda x: x, lambda: 1.0)
@@ -432,6 +438,7 @@ def test_a_name_that_another_module_has_taken_is_refused():
         ((), r"0 derivatives for .*x"),
         ((lambda y: y, lambda y: y), r"2 derivatives for .*x"),
         ((lambda z: z,), r"names \['z'\]"),
+        ((opposite,), r"opposite stands behind a derivative, got it for x"),
     ],
 )
 def test_an_elementwise_rule_with_the_wrong_derivatives_is_refused_at_import(derivatives, message):
@@ -783,6 +790,18 @@ def test_elementwise_rules_bind_derivatives_by_name_and_sum_over_broadcast_axes(
     equal(multiply_add.backward(saved, jnp.ones_like(y)), (y, x.sum(0, keepdims=True), jnp.float32(12)))
     assert set(saved.named()[0]) == {"x", "y"}  # what no derivative names is not kept
     assert saved_bytes(lambda x: logistic(x), whole(8, 8)) == 8 * 8 * 4
+
+
+def test_the_opposite_of_a_derivative_is_summed_and_computed_by_itself():
+    x, t = whole(4, 3), whole(1, 3)
+    for own, other in ((x, t), (t, x), (x.astype(jnp.int32), t), (x, t.astype(jnp.int32))):
+        y, saved = half_error.forward(own, other)
+        d = jnp.broadcast_to(own - other, y.shape)
+        for given, expected, got in zip((own, other), (d, -d), half_error.backward(saved, jnp.ones_like(y))):
+            if given.dtype == jnp.int32:
+                assert got is None or got.dtype == jax.dtypes.float0
+            else:
+                equal(got, expected.sum(0, keepdims=True) if given.shape[0] == 1 else expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -22,6 +22,13 @@ def wide(array: ArrayLike) -> jax.Array:
     return array.astype(wide_type(array))
 
 
+def operand_type(*arrays: ArrayLike) -> Any:
+    """What matrix products of small numbers multiply; they add up in float32 or wider. The probabilities of a large vocabulary,
+    and the cotangents behind gates that are shut, lie below what float16 can tell from zero: there they stay in float32."""
+    dtype = jnp.result_type(*arrays)
+    return wide_type(*arrays) if dtype == jnp.float16 else dtype
+
+
 def float_type(*arrays: ArrayLike) -> Any:
     """The dtype of the result of a function of real numbers: that of its inputs, the default float for integers."""
     dtype = jnp.result_type(*arrays)

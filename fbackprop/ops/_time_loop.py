@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import batched, varying_like, wide, wide_type
+from fbackprop.ops._arithmetic import batched, operand_type, varying_like, wide, wide_type
 from fbackprop.ops._sequences import Carry, Weights, add_row, first_carry, matmul, where, within
 
 
@@ -108,7 +108,7 @@ def backward_steps(
     reverse: bool,
 ) -> tuple[jax.Array, Weights, Carry]:
     """dx, the cotangents of the weights, and of the carry before the first step."""
-    dtype = dh.dtype
+    dtype, operands = dh.dtype, operand_type(dh)
     kernel, recurrent_kernel = (finite(w.astype(dtype)) for w in weights[:2])
     # What stands beyond the length of a sequence may be anything: it must not meet the zeros of da.
     if cell.hidden is not None:
@@ -120,14 +120,14 @@ def backward_steps(
     columns = of_h.shape[0]
 
     def to_reset(du: jax.Array) -> jax.Array:
-        return matmul(du.astype(dtype), of_reset)
+        return matmul(du.astype(operands), of_reset)
 
     def step(dcarry: Carry, inputs: Any) -> tuple[Carry, jax.Array]:
         read, dh, valid = inputs
         total = (*dcarry[:-1], dcarry[-1] + where(valid, dh, jnp.zeros_like(dh)))
         da, du, (*direct, dh_direct) = cell.back(_wide(read), total, *(() if cell.reset is None else (to_reset,)))
-        previous = (*direct, dh_direct + matmul(du[..., :columns].astype(dtype), of_h))
-        return where(valid, previous, dcarry), where(valid, da, jnp.zeros_like(da)).astype(dtype)
+        previous = (*direct, dh_direct + matmul(du[..., :columns].astype(operands), of_h))
+        return where(valid, previous, dcarry), where(valid, da, jnp.zeros_like(da)).astype(operands)
 
     dcarry, da = jax.lax.scan(step, _wide(dcarry), (cell.reads(kept, h, before), wide(dh), valid), reverse=not reverse)
     du = cell.recurrent(kept, da)

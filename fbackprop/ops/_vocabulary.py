@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fbackprop.ops._arithmetic import wide_type
+from fbackprop.ops._arithmetic import operand_type
 
 
 class Head(NamedTuple):
@@ -34,13 +34,6 @@ class Head(NamedTuple):
         kernel = jax.lax.dynamic_slice_in_dim(self.kernel, start, length, 0 if self.transposed else 1)
         bias = None if self.bias is None else jax.lax.dynamic_slice_in_dim(self.bias, start, length)
         return self._replace(kernel=kernel, bias=bias)
-
-
-def operand_type(x: Any, kernel: Any) -> Any:
-    """What matrix products multiply. They add up in float32 or wider. The small probabilities of a large vocabulary lie below
-    what float16 can tell from zero, so that there the products are in float32."""
-    dtype = jnp.result_type(x, kernel)
-    return wide_type(x, kernel) if dtype == jnp.float16 else dtype
 
 
 def product(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: DTypeLike) -> jax.Array:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.one_line import elementwise
+from fbackprop.one_line import elementwise, opposite
 from fbackprop.ops._arithmetic import float_type, nbytes, require_float, shapes, sum_to, wide
 from fbackprop.rules import Static, rule
 from fbackprop.samples import normal, positive, sample
@@ -67,7 +67,7 @@ _PAIR: Any = {
 
 @elementwise(
     lambda error: 2 * error,
-    lambda error: -2 * error,
+    opposite,
     samples=[sample(normal(4, 5), normal(4, 5)), sample(normal(6))],
     **_PAIR,
 )
@@ -85,7 +85,7 @@ def squared_error(predictions: ArrayLike, targets: ArrayLike | None = None) -> j
 
 @elementwise(
     lambda error: error,
-    lambda error: -error,
+    opposite,
     samples=[sample(normal(4, 5), normal(4, 5)), sample(normal(6))],
     **_PAIR,
 )
@@ -107,7 +107,7 @@ def _excess(predictions: ArrayLike, targets: ArrayLike | None, delta: ArrayLike)
 
 @elementwise(
     lambda error, delta: jnp.clip(error, -delta, delta),
-    lambda error, delta: -jnp.clip(error, -delta, delta),
+    opposite,
     lambda excess: excess,
     between={"error": _error, "excess": _excess},
     samples=[sample(normal(4, 5, scale=2.0), normal(4, 5), delta=positive()), sample(normal(3, 4), normal(1, 4))],
@@ -133,7 +133,7 @@ def huber_loss(predictions: ArrayLike, targets: ArrayLike | None = None, *, delt
 
 @elementwise(
     lambda error: jnp.tanh(error),
-    lambda error: -jnp.tanh(error),
+    opposite,
     samples=[sample(normal(4, 5, scale=2.0), normal(4, 5)), sample(normal(6, scale=0.01))],
     **_PAIR,
 )

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.ops import _vocabulary as blocks
-from fbackprop.ops._arithmetic import batched, nbytes, require_float, shapes, varying_like, wide, wide_type
+from fbackprop.ops._arithmetic import batched, nbytes, operand_type, require_float, shapes, varying_like, wide, wide_type
 from fbackprop.ops._vocabulary import Columns, Factors, Head, Sums
 from fbackprop.rules import rule
 from fbackprop.samples import labels as integer_labels
@@ -216,7 +216,7 @@ def _backward_by_classes(
 def _by_tokens(rows: _Rows, head: Head, options: _Options, scale: jax.Array | None) -> Any:
     """Block by block of the tokens: each token's loss and, with ``scale``, the gradient of scale · Σ w ℓ."""
     tokens, smooth = rows.x.shape[0], bool(options.label_smoothing)
-    operands = blocks.operand_type(rows.x, head.kernel)
+    operands = operand_type(rows.x, head.kernel)
     number, length = blocks.token_blocks(tokens, head.features, operands)
     columns = Columns.of(0, head.classes, head.classes)
     inner, outer = _inside(scale, operands)
@@ -373,7 +373,7 @@ def _backward(
     if saved.loss is not None:
         dweights = _dweights(saved.loss, rows, scale, options).reshape(saved.labels.shape)
     per_token = reduction == "none" or return_log_probs or return_entropy
-    inner, outer = (scale, 1) if per_token else _inside(scale, blocks.operand_type(saved.x, saved.kernel))
+    inner, outer = (scale, 1) if per_token else _inside(scale, operand_type(saved.x, saved.kernel))
     normalizer = saved.top, saved.total
     factors = _factors(normalizer, rows.weights * inner, l, h, saved.entropy, head.classes, options)
     dx, dkernel, dbias = _backward_by_classes(rows, head, normalizer, factors, outer)
