@@ -134,6 +134,22 @@ def test_tokens_without_a_label_count_for_nothing():
     assert fb.linear_cross_entropy(x[:0], kernel, labels[:0], reduction="none").shape == (0,)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])  # one for each schedule
+@pytest.mark.parametrize("nothing", [jnp.nan, -jnp.inf])
+def test_what_stands_at_tokens_without_a_label_is_not_read(reduction, nothing):
+    x, kernel, labels, bias, _ = problem(12, 4, 9)
+    out = (labels < 0) | (labels >= 9)
+    assert 0 < out.sum() < 12
+
+    def gradients(x):
+        return jax.grad(lambda *a: fb.linear_cross_entropy(*a[:2], labels, a[2], reduction=reduction).sum(), (0, 1, 2))(
+            x, kernel, bias
+        )
+
+    for got, expected in zip(gradients(jnp.where(out[:, None], nothing, x)), gradients(x), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_classes_that_the_bias_forbids():
     """−inf in the bias, as for a padded vocabulary: no probability, no gradient, and no NaN."""
     x, kernel, labels, bias, _ = problem(12, 4, 9)

@@ -61,7 +61,7 @@ class _Options(NamedTuple):
 class _Rows(NamedTuple):
     """What a call asks of its tokens, one value each, in one dimension."""
 
-    x: jax.Array  # [tokens, features]
+    x: jax.Array  # [tokens, features]; 0 where the token has no label, for what stands there may be anything
     labels: jax.Array  # of the tokens that are kept; 0 elsewhere
     keep: jax.Array  # whether the token has a label
     weights: jax.Array  # 0 where it has none; in float32 or wider
@@ -108,7 +108,8 @@ def _rows(x: jax.Array, labels: jax.Array, weights: Any, ignore_index: int | Non
     keep = (labels >= 0) & (labels < classes)
     keep = keep if ignore_index is None else keep & (labels != ignore_index)
     each = jnp.ones(labels.shape, dtype) if weights is None else jnp.asarray(weights, dtype).reshape(-1)
-    return _Rows(batched(x, 1), jnp.where(keep, labels, 0).astype(jnp.int32), keep, jnp.where(keep, each, 0))
+    x = batched(x, 1)
+    return _Rows(jnp.where(keep[:, None], x, 0), jnp.where(keep, labels, 0).astype(jnp.int32), keep, jnp.where(keep, each, 0))
 
 
 def _values(sums: Sums, keep: jax.Array, options: _Options) -> _Values:
@@ -473,8 +474,8 @@ def linear_cross_entropy(
 
     x [..., d], kernel [d, V], labels [...] integer -> the loss, a scalar or [...], in float32 or wider.
 
-    A label that is ``ignore_index``, or that is no class (negative, or V and more), leaves its token out: it costs nothing,
-    has no gradient, and its weight does not count in the mean. A mean over no weight at all is 0.
+    A label that is ``ignore_index``, or that is no class (negative, or V and more), leaves its token out, whatever x is there:
+    it costs nothing, has no gradient, and its weight does not count in the mean. A mean over no weight at all is 0.
 
     Args:
       bias: [V]. weights: a factor of the loss of each token, [...]; it has a gradient, unless it is a mask or integers.
