@@ -7,7 +7,8 @@
 
 Of a target of probability 0 only exp(l) counts, however impossible the prediction holds it (0 log 0 = 0), and it receives no
 cotangent, nor does its zero where the backward is differentiated. Elements that ``where`` leaves out count nothing. Kept are l
-and t. Sums are in float32 or wider.
+and t; for logarithms of targets exp(t) and t − l, which the sum is made of: in place of l and t, these would be written to
+memory beside them. Sums are in float32 or wider.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fbackprop.ops._arithmetic import canonical_axes, nbytes, require_float, shapes, still, sum_to, wide
-from fbackprop.rules import rule
+from fbackprop.rules import Static, rule
 from fbackprop.samples import impossible, mask, normal, probabilities, sample
 
 __all__ = ["generalized_kl_divergence", "kl_divergence", "kl_divergence_with_log_targets"]
@@ -42,9 +43,13 @@ def _generalized(l: jax.Array, t: jax.Array) -> jax.Array:
     return jnp.where(t == 0, p, t * (_log(t) - l) - t + p)
 
 
+def _gap(l: jax.Array, t: jax.Array) -> jax.Array:
+    """t − l, 0 where the target is impossible."""
+    return jnp.where(t == -jnp.inf, 0, t - l)
+
+
 def _with_log(l: jax.Array, t: jax.Array) -> jax.Array:
-    none = t == -jnp.inf
-    return jnp.where(none, 0, jnp.exp(t) * (jnp.where(none, 0, t) - l))
+    return jnp.exp(t) * _gap(l, t)
 
 
 class _Saved(NamedTuple):
@@ -67,19 +72,21 @@ def _check(who: str, axis: Axis, where: ArrayLike | None, **arrays: ArrayLike) -
     canonical_axes(who, axis, len(shape))
 
 
+def _cotangents(saved: Any, dy: jax.Array, axis: Axis, *slopes: jax.Array) -> tuple[jax.Array, ...]:
+    """The cotangents that the slopes for l and t give, not yet summed over what was broadcast."""
+    shape = jnp.broadcast_shapes(*(s.shape for s in slopes), () if saved.where is None else saved.where.shape)
+    g = jnp.broadcast_to(jnp.expand_dims(wide(dy), canonical_axes("", axis, len(shape))), shape)
+    g = g if saved.where is None else jnp.where(saved.where, g, 0)
+    return tuple(g * s if saved.where is None else jnp.where(saved.where, g * s, 0) for s in slopes)
+
+
 def _backward(predicted: Term, target: Term) -> Callable[..., tuple[Any, ...]]:
     """The backward of a sum of terms, from their slopes for l and for t."""
 
     def backward(saved: _Saved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
         l, t = wide(saved.log_predictions), wide(saved.targets)
-        shape = jnp.broadcast_shapes(l.shape, t.shape, () if saved.where is None else saved.where.shape)
-        g = jnp.broadcast_to(jnp.expand_dims(wide(dy), canonical_axes("", axis, len(shape))), shape)
-        g = g if saved.where is None else jnp.where(saved.where, g, 0)
-
-        def times(slope: jax.Array) -> jax.Array:
-            return g * slope if saved.where is None else jnp.where(saved.where, g * slope, 0)
-
-        return sum_to(times(predicted(l, t)), l.shape), sum_to(times(target(l, t)), t.shape), None
+        dl, dt = _cotangents(saved, dy, axis, predicted(l, t), target(l, t))
+        return sum_to(dl, l.shape), sum_to(dt, t.shape), None
 
     return backward
 
@@ -158,17 +165,39 @@ def generalized_kl_divergence(
     return _sum(_generalized, log_predictions, targets, axis, where)
 
 
+class _LogSaved(NamedTuple):
+    targets: jax.Array  # exp(t); in float16, where that would overflow, t
+    gap: jax.Array  # t − l
+    where: jax.Array | None
+    shapes: Static  # of l and t
+
+
 def _with_log_forward(
     log_predictions: ArrayLike, log_targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
-) -> tuple[jax.Array, _Saved]:
-    return _forward(_with_log, log_predictions, log_targets, axis, where)
+) -> tuple[jax.Array, _LogSaved]:
+    l, t = jnp.asarray(log_predictions), jnp.asarray(log_targets)
+    targets = t if t.dtype == jnp.float16 else jnp.exp(wide(t)).astype(t.dtype)
+    gap = _gap(wide(l), wide(t)).astype(jnp.result_type(l, t))
+    where = None if where is None else jnp.asarray(where)
+    return _sum(_with_log, l, t, axis, where), _LogSaved(targets, gap, where, Static((l.shape, t.shape)))
+
+
+def _with_log_backward(saved: _LogSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
+    e = jnp.exp(wide(saved.targets)) if saved.targets.dtype == jnp.float16 else wide(saved.targets)
+    dl, dt = _cotangents(saved, dy, axis, -e, e * (wide(saved.gap) + 1))
+    l, t = saved.shapes.value
+    return sum_to(dl, l), sum_to(dt, t), None
+
+
+def _with_log_bytes(log_predictions: Any, log_targets: Any, where: Any) -> int:
+    shape = jnp.broadcast_shapes(log_predictions.shape, log_targets.shape)
+    gap = jax.ShapeDtypeStruct(shape, jnp.result_type(log_predictions, log_targets))
+    return nbytes(log_targets, gap, where)
 
 
 @rule(
     forward=_with_log_forward,
-    backward=_backward(
-        lambda l, t: -jnp.exp(t), lambda l, t: jnp.where(t == -jnp.inf, 0, jnp.exp(t) * (jnp.maximum(t, -1e30) - l + 1))
-    ),
+    backward=_with_log_backward,
     static=["axis"],
     samples=[
         sample(normal(6, 5), normal(6, 5, mean=-2.0)),
@@ -176,8 +205,8 @@ def _with_log_forward(
         sample(normal(6, 5), impossible(-jnp.inf, 6, 5)),
     ],
     workloads=[sample(normal(4096, 3072), normal(4096, 3072))],
-    keeps="log_predictions, log_targets",
-    minimum=lambda log_predictions, log_targets, where: nbytes(log_predictions, log_targets, where),
+    keeps="exp(log_targets), log_targets − log_predictions",
+    minimum=_with_log_bytes,
 )
 def kl_divergence_with_log_targets(
     log_predictions: ArrayLike, log_targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
