@@ -33,13 +33,19 @@ def _log(t: jax.Array) -> jax.Array:
     return jnp.log(jnp.where(t == 0, 1, t))
 
 
+def _excess(l: jax.Array, t: jax.Array) -> jax.Array:
+    """log t − l, 0 where the target is impossible."""
+    return jnp.where(t == 0, 0, _log(t) - l)
+
+
 def _kl(l: jax.Array, t: jax.Array) -> jax.Array:
-    return jnp.where(t == 0, 0, t * (_log(t) - l))
+    return t * _excess(l, t)
 
 
 def _generalized(l: jax.Array, t: jax.Array) -> jax.Array:
     # The choice comes last: of a sum the compiler would write both terms to memory before it adds them up.
-    p = jnp.exp(l)
+    # And p is not of l itself, or it would be written, too, for the backward of the same program.
+    p = jnp.exp(jnp.maximum(l, -1e30))
     return jnp.where(t == 0, p, t * (_log(t) - l) - t + p)
 
 
@@ -121,7 +127,7 @@ def _kl_forward(
 
 @rule(
     forward=_kl_forward,
-    backward=_backward(lambda l, t: -still(t, t == 0), lambda l, t: jnp.where(t == 0, 0, _log(t) - l + 1)),
+    backward=_backward(lambda l, t: -still(t, t == 0), lambda l, t: jnp.where(t == 0, 0, _excess(l, t) + 1)),
     **_OF_TARGETS,
 )
 def kl_divergence(log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> jax.Array:
@@ -146,7 +152,7 @@ def _generalized_forward(
 
 @rule(
     forward=_generalized_forward,
-    backward=_backward(lambda l, t: jnp.exp(l) - still(t, t == 0), lambda l, t: jnp.where(t == 0, 0, _log(t) - l)),
+    backward=_backward(lambda l, t: jnp.exp(l) - still(t, t == 0), _excess),
     **_OF_TARGETS,
 )
 def generalized_kl_divergence(
