@@ -104,6 +104,27 @@ def test_slopes_stay_finite_at_huge_inputs():
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [("norm_dense", [(4, 8)]), ("gelu_mlp", [(4, 5), (5, 8)]), ("swiglu_mlp", [(4, 5), (4, 5), (5, 8)])],
+)
+def test_columns_of_the_last_kernel_over_devices(name, shapes):
+    """x does not vary over the devices, dy does: what puts the backward in order varies as both together do."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 4), *shapes)]
+    mesh = jax.make_mesh((8,), ("columns",), axis_types=(jax.sharding.AxisType.Auto,))
+    columns = jax.sharding.PartitionSpec(None, "columns")
+    specs = (*(jax.sharding.PartitionSpec() for _ in shapes), columns)
+
+    def gradients(fn):
+        return jax.jit(jax.grad(lambda arrays: (fn(*arrays) ** 2).sum()))(arrays)
+
+    op = getattr(fb, name)
+    mapped = jax.shard_map(lambda *arrays: op(*arrays), mesh=mesh, in_specs=specs, out_specs=columns)
+    for ours, whole in zip(gradients(mapped), gradients(op), strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_an_mlp_keeps_what_the_catalogue_asks_for():
     x, kernel, down = struct(8192, 4096), struct(4096, 11008), struct(11008, 4096)
     assert round(saved_bytes(fb.swiglu_mlp, x, kernel, kernel, down) / 2**20) == 666
