@@ -214,11 +214,12 @@ def devices(examination: Examination) -> Iterator[Finding]:
         )
         return
     dy = [jnp.asarray(v) for v in evidence.dys[0]]
+    first = [name for name, group in zip(subject.names, subject.groups) if group == subject.groups[0]]
     for told, of in {
         "with sharded arguments": functools.partial(_sharded, subject, dy, devices, AxisType.Auto),
         "on a mesh of explicit axes": functools.partial(_sharded, subject, dy, devices, AxisType.Explicit),
         "in shard_map": functools.partial(_mapped, subject, dy, devices, None),
-        "in shard_map over the first argument": functools.partial(_mapped, subject, dy, devices, subject.groups[0]),
+        f"in shard_map over {first[0]}{', …' * (len(first) > 1)} alone": functools.partial(_mapped, subject, dy, devices, subject.groups[0]),
     }.items():
         try:
             ours = of(subject.call.bind(subject.fn))
