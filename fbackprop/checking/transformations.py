@@ -203,7 +203,8 @@ def second_order(examination: Examination) -> Iterator[Finding]:
 
 
 def devices(examination: Examination) -> Iterator[Finding]:
-    """Over up to 8 devices: jit with sharded arguments, meshes of explicit axes, and shard_map that checks varying axes."""
+    """Over up to 8 devices: jit with sharded arguments, meshes of explicit axes, and shard_map that checks varying axes, where all
+    arguments vary, and where only the first or only the last does."""
     subject, evidence = examination.subject, examination.evidence
     devices = jax.devices()[:DEVICES]
     if evidence.failure:
@@ -214,13 +215,17 @@ def devices(examination: Examination) -> Iterator[Finding]:
         )
         return
     dy = [jnp.asarray(v) for v in evidence.dys[0]]
-    first = [name for name, group in zip(subject.names, subject.groups) if group == subject.groups[0]]
-    for told, of in {
+    runs = {
         "with sharded arguments": functools.partial(_sharded, subject, dy, devices, AxisType.Auto),
         "on a mesh of explicit axes": functools.partial(_sharded, subject, dy, devices, AxisType.Explicit),
         "in shard_map": functools.partial(_mapped, subject, dy, devices, None),
-        f"in shard_map over {first[0]}{', …' * (len(first) > 1)} alone": functools.partial(_mapped, subject, dy, devices, subject.groups[0]),
-    }.items():
+    }
+    several = len(set(subject.groups)) > 1
+    for group in dict.fromkeys((subject.groups[0], subject.groups[-1])) if several else ():
+        own = [name for name, g in zip(subject.names, subject.groups) if g == group]
+        told = f"in shard_map over {own[0]}{', …' * (len(own) > 1)} alone"
+        runs[told] = functools.partial(_mapped, subject, dy, devices, group)
+    for told, of in runs.items():
         try:
             ours = of(subject.call.bind(subject.fn))
         except Exception as error:
