@@ -203,8 +203,8 @@ def second_order(examination: Examination) -> Iterator[Finding]:
 
 
 def devices(examination: Examination) -> Iterator[Finding]:
-    """Over up to 8 devices: jit with sharded arguments, meshes of explicit axes, and shard_map that checks varying axes, where all
-    arguments vary, and where only the first or only the last does."""
+    """Over up to 8 devices: jit with sharded arguments, meshes of explicit axes, and shard_map that checks varying axes, over all
+    arguments, and over the first and the last alone."""
     subject, evidence = examination.subject, examination.evidence
     devices = jax.devices()[:DEVICES]
     if evidence.failure:
