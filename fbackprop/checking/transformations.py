@@ -203,8 +203,8 @@ def second_order(examination: Examination) -> Iterator[Finding]:
 
 
 def devices(examination: Examination) -> Iterator[Finding]:
-    """Over up to 8 devices: jit with sharded arguments, meshes of explicit axes, and shard_map that checks varying axes, over all
-    arguments, and over the first and the last alone."""
+    """Over up to 8 devices: jit with sharded arguments, meshes of explicit axes, and shard_map that checks varying axes, over
+    all arguments, over the first alone and over the last alone."""
     subject, evidence = examination.subject, examination.evidence
     devices = jax.devices()[:DEVICES]
     if evidence.failure:
