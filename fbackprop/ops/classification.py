@@ -34,7 +34,7 @@ from fbackprop.ops._arithmetic import (
     wide,
     wide_type,
 )
-from fbackprop.ops.probabilities import Normalizer, log_normalizer
+from fbackprop.ops.probabilities import Normalizer, log_normalizer, shifted_exp
 from fbackprop.rules import rule
 from fbackprop.samples import impossible, mask, normal, positive, probabilities, sample, uniform
 
@@ -73,9 +73,8 @@ def _poly_parts(logits: ArrayLike, labels: ArrayLike, normalizer: Normalizer, wh
     unlikely = (t == 0) & (z == -jnp.inf)
     unlikely = unlikely if where is None else unlikely | ~where
     log_p = jnp.where(unlikely, 0, log_p)
-    inside = z if where is None else jnp.where(where, z, -jnp.inf)
     counted = still(t, unlikely)
-    return _Poly(log_p, jnp.exp(inside - normalizer.top), jnp.where(unlikely, 1, -jnp.expm1(log_p)), t, counted)
+    return _Poly(log_p, shifted_exp(z, normalizer.top, where), jnp.where(unlikely, 1, -jnp.expm1(log_p)), t, counted)
 
 
 def _poly(

@@ -38,7 +38,7 @@ from fbackprop.ops._arithmetic import (
     wide,
     wide_type,
 )
-from fbackprop.ops.probabilities import Normalizer, highest, log_normalizer
+from fbackprop.ops.probabilities import Normalizer, highest, log_normalizer, shifted_exp
 from fbackprop.rules import rule
 from fbackprop.samples import constant, impossible, mask, normal, probabilities, sample, uniform
 from fbackprop.samples import labels as integer_labels
@@ -271,8 +271,8 @@ def _integer_forward(
     axes = _class_axes("", axis, logits.ndim)
     where = _class_mask(where, axes, logits.ndim)
     value, normalizer = _integer(logits, labels, axes, where)
-    inside = wide(logits) if where is None else jnp.where(where, wide(logits), -jnp.inf)
-    e = jnp.exp(inside - normalizer.top).astype(logits.dtype)  # as inside of the sum: the compiler forms them once
+    # As inside of the sum: the compiler forms them once.
+    e = shifted_exp(wide(logits), normalizer.top, where).astype(logits.dtype)
     excess = jnp.expm1(-value)
     if where is not None:  # a label that is left out has p[t] = 0
         left_in = _at_labels(jnp.broadcast_to(where, logits.shape), labels, axes, False)
@@ -367,8 +367,7 @@ def _finite(logits: ArrayLike) -> jax.Array:
 
 def _exponentials(z: jax.Array, top: jax.Array, where: jax.Array | None) -> jax.Array:
     """exp(z − m), 0 for classes that are left out, and −0, which is all that tells it from an underflow, for z = −inf."""
-    inside = z if where is None else jnp.where(where, z, -jnp.inf)
-    return jnp.where(z == -jnp.inf, -0.0, jnp.exp(inside - top))
+    return jnp.where(z == -jnp.inf, -0.0, shifted_exp(z, top, where))
 
 
 def _surprise(z: jax.Array, normalizer: Normalizer, t: jax.Array, weight: jax.Array | int = 1) -> jax.Array:

@@ -63,20 +63,27 @@ def highest(x: jax.Array, axis: Any, where: jax.Array | None = None, most: float
     return jnp.where(jnp.isfinite(top), top, 0)
 
 
+def included(x: jax.Array, where: ArrayLike | None) -> jax.Array:
+    """x, and −inf for what is left out: the logarithm of no probability."""
+    return x if where is None else jnp.where(where, x, -jnp.inf)
+
+
+def shifted_exp(x: jax.Array, top: jax.Array, where: ArrayLike | None) -> jax.Array:
+    """exp(x − top), 0 for what is left out; for x in float32 or wider."""
+    return jnp.exp(included(x, where) - top)
+
+
 def log_normalizer(x: jax.Array, axis: Any, where: jax.Array | None = None) -> Normalizer:
     """log Σ exp(x) over ``axis``, which stays with length 1, in float32 or wider."""
     top = highest(x, axis, where)
-    x = wide(x)
-    inside = x if where is None else jnp.where(where, x, -jnp.inf)
-    total = jnp.sum(jnp.exp(inside - top), axis, keepdims=True)
+    total = jnp.sum(shifted_exp(wide(x), top, where), axis, keepdims=True)
     return Normalizer(top, jnp.where(total == 0, 1, total))
 
 
 def _softmax(x: ArrayLike, axis: Axis, where: ArrayLike | None) -> jax.Array:
     x_ = wide(x)
-    inside = x_ if where is None else jnp.where(where, x_, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(x_, axis, keepdims=True, where=where, initial=-jnp.inf))
-    e = jnp.exp(inside - top)
+    e = shifted_exp(x_, top, where)
     p = e / jnp.sum(e, axis, keepdims=True)
     return (p if where is None else jnp.where(where, p, 0)).astype(float_type(x))
 
@@ -171,16 +178,12 @@ def _log_softmax_forward(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None 
     x_ = wide(x)
     where = None if where is None else jnp.asarray(where)
     normalizer = log_normalizer(x_, axis, where)
-    y = (x_ - normalizer.top) - _log_total(x_ if where is None else jnp.where(where, x_, -jnp.inf), normalizer, axis)
-    y = (y if where is None else jnp.where(where, y, -jnp.inf)).astype(float_type(x))
+    y = (x_ - normalizer.top) - _log_total(included(x_, where), normalizer, axis)
+    y = included(y, where).astype(float_type(x))
     top, total = normalizer
     if jnp.result_type(x) == x_.dtype:
-        return y, _LogSoftmaxSaved(_shifted_exp(x_, top, where), None, None, total, where)
+        return y, _LogSoftmaxSaved(shifted_exp(x_, top, where), None, None, total, where)
     return y, _LogSoftmaxSaved(None, jnp.asarray(x), top, total, where)
-
-
-def _shifted_exp(x: jax.Array, top: jax.Array, where: jax.Array | None) -> jax.Array:
-    return jnp.exp((x if where is None else jnp.where(where, x, -jnp.inf)) - top)
 
 
 def _log_softmax_backward(saved: _LogSoftmaxSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
@@ -191,7 +194,7 @@ def _log_softmax_backward(saved: _LogSoftmaxSaved, dy: jax.Array, *, axis: Axis)
         assert top is not None
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return None, None
-        e = _shifted_exp(wide(x), top, where)
+        e = shifted_exp(wide(x), top, where)
     return g - e * (jnp.sum(g, axis, keepdims=True) / total), None
 
 
@@ -217,7 +220,7 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
     x_ = wide(x)
     where = None if where is None else jnp.asarray(where)
     y = log_normalizer(x_, axis, where).log_probability(x_)
-    return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(float_type(x))
+    return included(y, where).astype(float_type(x))
 
 
 class _LogSumExpSaved(NamedTuple):
@@ -240,7 +243,7 @@ def _ranked(array: ArrayLike | None, like: jax.Array) -> jax.Array | None:
 
 def _powers(a: jax.Array, b: jax.Array | None, where: jax.Array | None, top: jax.Array) -> jax.Array:
     """e = exp(a − m); 0 where left out. An element with the factor 0 has no part in m: there e is kept finite."""
-    x = wide(a) if where is None else jnp.where(where, wide(a), -jnp.inf)
+    x = included(wide(a), where)
     largest = float(jnp.finfo(x.dtype).max)
     difference = jnp.minimum(x, largest) - top  # a = m = +inf: e = 1
     return jnp.exp(difference if b is None else jnp.minimum(difference, math.log(largest) - 1))
