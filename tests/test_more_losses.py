@@ -194,6 +194,15 @@ def test_what_is_impossible_and_not_wanted_costs_nothing():
         assert all(jnp.isfinite(s).all() for s in slopes)
 
 
+def test_a_target_beyond_float16_has_a_gradient():
+    """exp 12 is infinite in float16; a 64th of it is not."""
+    l, t = jnp.full((1, 1), 11.75, jnp.float16), jnp.full((1, 1), 12, jnp.float16)
+    y, pullback = jax.vjp(fb.kl_divergence_with_log_targets, l, t)
+    np.testing.assert_allclose(np.float64(y), [np.exp(12) / 4], rtol=1e-3)
+    dl, dt = pullback(jnp.full(1, 1 / 64, jnp.float16))
+    np.testing.assert_allclose(np.float64([dl, dt]).ravel(), [-np.exp(12) / 64, 1.25 * np.exp(12) / 64], rtol=2e-3)
+
+
 def test_similar_vectors_at_the_edges():
     assert fb.ntxent(jnp.ones((3, 2)), jnp.array([0, 1, 2])) == 0  # no pairs
     assert fb.ntxent(jnp.ones((3, 2)), jnp.array([1, 1, 1])) == 0  # nothing to tell them from

@@ -125,6 +125,11 @@ def test_activations_agree_with_jax_nn(name):
         np.testing.assert_allclose(np.float64(slope)[known], want_slope[known], rtol=tolerance, atol=tolerance)
 
 
+def test_the_slope_of_relu_squared_where_its_value_underflows_in_float16():
+    x = jnp.array([-1e-3, 0, 1e-4, 2e-4, 3e-4, 1e-3], jnp.float16)
+    np.testing.assert_array_equal(jax.grad(lambda x: fb.relu_squared(x).sum())(x), 2 * jnp.maximum(x, 0))
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (2, 0), (2, 3, 6)], ids=str)
 def test_pieces_pack_any_shape(shape):
     x = jax.random.normal(jax.random.key(0), shape)

@@ -212,6 +212,14 @@ def test_a_gate_that_rounds_to_one_keeps_its_slope_in_half_precision():
     np.testing.assert_allclose(in_half.astype(jnp.float32), in_full, rtol=0.03)
 
 
+def test_what_is_behind_a_shut_gate_is_not_lost_in_float16():
+    """The cotangent of the gate, 2.5e-8 · tanh 1, is zero in float16; 64 times it is not."""
+    kernel, recurrent_kernel = jnp.array([[0, 0, 0, 1]], jnp.float16), jnp.array([[0, 0, 0, 64]], jnp.float16)
+    x, c, h = jnp.full((1, 1, 1), -17.5, jnp.float16), jnp.full((1, 1), 2, jnp.float16), jnp.zeros((1, 1), jnp.float16)
+    dh = jax.grad(lambda h: fb.lstm(x, kernel, recurrent_kernel, None, (c, h))[0].sum())(h)
+    np.testing.assert_allclose(np.float64(dh), 64 * np.tanh(1) * np.exp(-17.5), rtol=0.05)
+
+
 W4, W3, W1 = ARGUMENTS["lstm"], ARGUMENTS["gru"], ARGUMENTS["rnn"]
 
 
