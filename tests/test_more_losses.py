@@ -194,6 +194,43 @@ def test_what_is_impossible_and_not_wanted_costs_nothing():
         assert all(jnp.isfinite(s).all() for s in slopes)
 
 
+def test_a_narrow_target_is_not_rounded_again():
+    """A teacher in bfloat16, a student in float32."""
+    l, t = jnp.linspace(-3, -1, 8)[None], jnp.linspace(-4, -1, 8, dtype=jnp.bfloat16)[None]
+    dl = jax.grad(lambda l: fb.kl_divergence_with_log_targets(l, t).sum())(l)
+    np.testing.assert_allclose(np.float64(dl), -np.exp(np.float64(t)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4,), (4, 1), (4, 4)])
+def test_a_temperature_for_each_pair(shape):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+    temperature, labels = jnp.asarray(np.random.default_rng(1).uniform(0.3, 2, shape), jnp.float32), jnp.array([0, 0, 1, 1])
+    with jax.numpy_rank_promotion("allow"):  # for optax
+        ours, theirs = (
+            jax.jit(jax.value_and_grad(lambda x, tau, f=f: f(x, labels, tau), (0, 1)))(x, temperature)
+            for f in (fb.ntxent, optax.losses.ntxent)
+        )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_a_margin_for_each_triplet_and_an_epsilon_for_each_vector():
+    rng = np.random.default_rng(0)
+    a, b, c = jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32)
+    margin, eps = jnp.asarray([0.1, 1.0, 5.0, 20.0]), jnp.asarray([1e-6, 0.1, 1.0, 2.0])
+
+    def triplet(module):
+        return lambda *args: (module.triplet_margin_loss(*args[:3], margin=args[3], eps=args[4]) * jnp.arange(4.0)).sum()
+
+    def cosine(module):
+        return lambda *args: (module.cosine_similarity(*args[:2], epsilon=4 * args[4][:, None]) * jnp.arange(4.0)).sum()
+
+    for build in (triplet, cosine):
+        ours, theirs = (jax.value_and_grad(build(m), (0, 1, 2, 3, 4))(a, b, c, margin, eps) for m in (fb, optax.losses))
+        for own, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_target_beyond_float16_has_a_gradient():
     """exp 12 is infinite in float16; a 64th of it is not."""
     l, t = jnp.full((1, 1), 11.75, jnp.float16), jnp.full((1, 1), 12, jnp.float16)
@@ -258,6 +295,15 @@ BAD = [
     (lambda: fb.perceptron_loss(X, X[:1]), "perceptron_loss: predictor_outputs and targets must have one shape"),
     (lambda: fb.multiclass_hinge_loss(X, X), "multiclass_hinge_loss: labels must be integers, got float32"),
     (lambda: fb.multiclass_sparsemax_loss(X, LABELS[:1]), r"multiclass_sparsemax_loss: expected scores \[\.\.\., classes\]"),
+    (
+        lambda: fb.ntxent(X, jnp.array([0, 1]), jnp.ones((3, 1))),
+        r"ntxent: temperature has shape \(3, 1\), expected a number, or a",
+    ),
+    (
+        lambda: fb.cosine_similarity(X, X, epsilon=jnp.ones(3)),
+        r"cosine_similarity: epsilon has shape \(3,\), expected a number, or a shape that broadcasts to \(2, 1\), one number",
+    ),
+    (lambda: fb.triplet_margin_loss(X, X, X, margin=jnp.ones(3)), r"triplet_margin_loss: margin has shape \(3,\), expected a"),
     (lambda: fb.kl_divergence(X, jnp.ones((2, 4))), "kl_divergence: shapes that do not broadcast together"),
     (lambda: fb.kl_divergence(X, X, axis=2), "kl_divergence: axis 2 is out of range"),
     (lambda: fb.poly_loss_cross_entropy(X, jnp.ones((2, 4))), "poly_loss_cross_entropy: labels must broadcast with logits"),

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,27 @@ def require_between(who: str, least: float, most: float, **numbers: Any) -> None
 def require_epsilon(who: str, epsilon: Any) -> None:
     """Refuses what is added below a root or a quotient, where it is no number from 0."""
     require_between(who, 0.0, float("inf"), epsilon=epsilon)
+
+
+def require_fit(who: str, shape: tuple[int, ...], told: str, **numbers: ArrayLike) -> None:
+    """Refuses arrays of numbers that would make the result larger."""
+    for name, value in numbers.items():
+        have = jnp.shape(value)
+        if len(have) > len(shape) or any(n not in (1, want) for n, want in zip(have[::-1], shape[::-1])):
+            raise ValueError(
+                f"{who}: {name} has shape {have}, expected a number, or a shape that broadcasts to {shape}, {told}."
+            )
+
+
+@overload
+def ranked(array: ArrayLike, like: jax.Array) -> jax.Array: ...
+@overload
+def ranked(array: None, like: jax.Array) -> None: ...
+@overload
+def ranked(array: ArrayLike | None, like: jax.Array) -> jax.Array | None: ...
+def ranked(array: ArrayLike | None, like: jax.Array) -> jax.Array | None:
+    """An array that broadcasts, with as many dimensions as the other."""
+    return None if array is None else jnp.reshape(array, (1,) * (like.ndim - jnp.ndim(array)) + jnp.shape(array))
 
 
 def shapes(**arrays: Any) -> str:

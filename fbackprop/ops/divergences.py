@@ -7,8 +7,8 @@
 
 Of a target of probability 0 only exp(l) counts, however impossible the prediction holds it (0 log 0 = 0), and it receives no
 cotangent, nor does its zero where the backward is differentiated. Elements that ``where`` leaves out count nothing. Kept are l
-and t; for logarithms of targets exp(t) and t − l, which the sum is made of: in place of l and t, these would be written to
-memory beside them. Sums are in float32 or wider.
+and t; for logarithms of targets exp(t) (t where it is narrower than float32) and t − l, which the sum is made of: in place
+of l and t, these would be written to memory beside them. Sums are in float32 or wider.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import canonical_axes, nbytes, require_float, shapes, still, sum_to, wide
+from fbackprop.ops._arithmetic import canonical_axes, nbytes, require_float, shapes, still, sum_to, wide, wide_type
 from fbackprop.rules import Static, rule
 from fbackprop.samples import impossible, mask, normal, probabilities, sample
 
@@ -172,7 +172,7 @@ def generalized_kl_divergence(
 
 
 class _LogSaved(NamedTuple):
-    targets: jax.Array  # exp(t); in float16, where that would overflow, t
+    targets: jax.Array  # exp(t); below float32, where that would be rounded, or overflow, t
     gap: jax.Array  # t − l
     where: jax.Array | None
     shapes: Static  # of l and t
@@ -182,17 +182,17 @@ def _with_log_forward(
     log_predictions: ArrayLike, log_targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
 ) -> tuple[jax.Array, _LogSaved]:
     l, t = jnp.asarray(log_predictions), jnp.asarray(log_targets)
-    targets = t if t.dtype == jnp.float16 else jnp.exp(wide(t)).astype(t.dtype)
+    targets = jnp.exp(t) if t.dtype == wide_type(t) else t
     gap = _gap(wide(l), wide(t)).astype(jnp.result_type(l, t))
     where = None if where is None else jnp.asarray(where)
     return _sum(_with_log, l, t, axis, where), _LogSaved(targets, gap, where, Static((l.shape, t.shape)))
 
 
 def _with_log_backward(saved: _LogSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
-    e = jnp.exp(wide(saved.targets)) if saved.targets.dtype == jnp.float16 else wide(saved.targets)
+    t = saved.targets
+    e = t if t.dtype == wide_type(t) else jnp.exp(wide(t))
     dl, dt = _cotangents(saved, dy, axis, -e, e * (wide(saved.gap) + 1))
-    l, t = saved.shapes.value
-    return sum_to(dl, l), sum_to(dt, t), None
+    return *(sum_to(d, shape) for d, shape in zip((dl, dt), saved.shapes.value)), None
 
 
 def _with_log_bytes(log_predictions: Any, log_targets: Any, where: Any) -> int:
@@ -211,7 +211,7 @@ def _with_log_bytes(log_predictions: Any, log_targets: Any, where: Any) -> int:
         sample(normal(6, 5), impossible(-jnp.inf, 6, 5)),
     ],
     workloads=[sample(normal(4096, 3072), normal(4096, 3072))],
-    keeps="exp(log_targets) (in float16 log_targets), log_targets − log_predictions",
+    keeps="exp(log_targets) (log_targets below float32), log_targets − log_predictions",
     minimum=_with_log_bytes,
 )
 def kl_divergence_with_log_targets(

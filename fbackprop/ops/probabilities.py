@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import canonical_axes, float_type, nbytes, shapes, sum_to, wide, wide_type
+from fbackprop.ops._arithmetic import canonical_axes, float_type, nbytes, ranked, shapes, sum_to, wide, wide_type
 from fbackprop.rules import rule
 from fbackprop.samples import mask, normal, sample
 
@@ -236,11 +236,6 @@ def _keeps_powers(a: Any, b: Any, where: Any) -> bool:
     return b is None and where is None and a.dtype == wide_type(a)
 
 
-def _ranked(array: ArrayLike | None, like: jax.Array) -> jax.Array | None:
-    """An array that broadcasts, with as many dimensions as the other."""
-    return None if array is None else jnp.reshape(array, (1,) * (like.ndim - jnp.ndim(array)) + jnp.shape(array))
-
-
 def _powers(a: jax.Array, b: jax.Array | None, where: jax.Array | None, top: jax.Array) -> jax.Array:
     """e = exp(a − m); 0 where left out. An element with the factor 0 has no part in m: there e is kept finite."""
     x = included(wide(a), where)
@@ -282,7 +277,7 @@ def _logsumexp_forward(
     where: ArrayLike | None = None,
 ) -> tuple[Any, _LogSumExpSaved]:
     a, b, where = jnp.asarray(a), *(None if v is None else jnp.asarray(v) for v in (b, where))
-    y, top, total = _logsumexp(a, _ranked(b, a), _ranked(where, a), axis, keepdims, return_sign)
+    y, top, total = _logsumexp(a, ranked(b, a), ranked(where, a), axis, keepdims, return_sign)
     if _keeps_powers(a, b, where):
         return y, _LogSumExpSaved(None, _powers(a, None, None, top), None, None, None, total)
     return y, _LogSumExpSaved(a, None, b, where, top, total)
@@ -299,7 +294,7 @@ def _logsumexp_backward(saved: _LogSumExpSaved, dy: Any, *, axis: Axis, keepdims
     assert a is not None
     assert top is not None
     shape = None if b is None else b.shape
-    b, where = _ranked(b, a), _ranked(where, a)
+    b, where = ranked(b, a), ranked(where, a)
     e = _powers(a, b, where, top)
     da, db = factor * (e if b is None else e * wide(b)), None if b is None else factor * e
     floating = [v is not None and jnp.issubdtype(v.dtype, jnp.inexact) for v in (a, b)]
@@ -351,4 +346,4 @@ def logsumexp(
     if len(shape) != jnp.ndim(a):
         raise ValueError(f"logsumexp: b and where have at most the dimensions of a, got {shapes(a=a, b=b, where=where)}.")
     a = jnp.asarray(a)
-    return _logsumexp(a, _ranked(b, a), _ranked(where, a), axis, keepdims, return_sign)[0]
+    return _logsumexp(a, ranked(b, a), ranked(where, a), axis, keepdims, return_sign)[0]

@@ -17,9 +17,20 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fbackprop.ops._arithmetic import canonical_axes, float_type, nbytes, require_float, shapes, sum_to, wide, wide_type
+from fbackprop.ops._arithmetic import (
+    canonical_axes,
+    float_type,
+    nbytes,
+    ranked,
+    require_fit,
+    require_float,
+    shapes,
+    sum_to,
+    wide,
+    wide_type,
+)
 from fbackprop.rules import rule
-from fbackprop.samples import constant, mask, normal, sample
+from fbackprop.samples import constant, mask, normal, sample, uniform
 
 __all__ = ["cosine_similarity"]
 
@@ -54,7 +65,7 @@ def _cosine(
     shape = jnp.broadcast_shapes(a.shape, b.shape)
     a_, b_ = (_left_in(jnp.broadcast_to(v, shape), where) for v in (a, b))
     squares = (jnp.sum(jnp.square(a_), axis, keepdims=True), jnp.sum(jnp.square(b_), axis, keepdims=True))
-    (r_a, _), (r_b, _) = (inverse_length(v, wide(epsilon)) for v in squares)
+    (r_a, _), (r_b, _) = (inverse_length(v, ranked(wide(epsilon), v)) for v in squares)
     cosine = jnp.sum((a_ * r_a) * (b_ * r_b), axis, keepdims=True)
     value = jnp.squeeze(cosine, canonical_axes("", axis, len(shape))).astype(float_type(predictions, targets, epsilon))
     kept = (jnp.asarray(predictions), jnp.asarray(targets), None if where is None else jnp.asarray(where))
@@ -69,11 +80,11 @@ def _cosine_forward(
 
 def _cosine_backward(saved: _CosineSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
     a, b, c, epsilon = wide(saved.predictions), wide(saved.targets), saved.cosine, wide(saved.epsilon)
-    (r_a, k_a), (r_b, k_b) = (inverse_length(v, epsilon) for v in saved.squares)
+    (r_a, k_a), (r_b, k_b) = (inverse_length(v, ranked(epsilon, v)) for v in saved.squares)
     g = jnp.expand_dims(wide(dy), canonical_axes("", axis, c.ndim))
     both, own_a, own_b = g * (r_a * r_b), g * c * k_a * r_a * r_a, g * c * k_b * r_b * r_b
     da, db = _left_in(both * b - own_a * a, saved.where), _left_in(both * a - own_b * b, saved.where)
-    depsilon = -0.5 * jnp.squeeze(g * c * ((1 - k_a) * r_a * r_a + (1 - k_b) * r_b * r_b))
+    depsilon = -0.5 * g * c * ((1 - k_a) * r_a * r_a + (1 - k_b) * r_b * r_b)
     return sum_to(da, a.shape), sum_to(db, b.shape), sum_to(depsilon, epsilon.shape), None
 
 
@@ -89,6 +100,7 @@ def _row_bytes(y: Any, array: Any) -> int:
         sample(normal(4, 5), normal(4, 5), epsilon=constant(5.0)),
         sample(normal(3, 4, 5), normal(1, 4, 5), axis=(0, 2), where=mask(3, 4, 5)),
         sample(constant(0.0, 2, 5), normal(2, 5), note="no direction"),
+        sample(normal(4, 5), normal(4, 5), epsilon=uniform(4, 1, low=1.0, high=9.0)),
     ],
     workloads=[sample(normal(4096, 3072), normal(4096, 3072))],
     keeps="predictions, targets, three numbers a row",
@@ -103,7 +115,7 @@ def cosine_similarity(
     with every other, and receives no cotangent.
 
     Args:
-      epsilon: the least square of a length.
+      epsilon: the least square of a length: a number, or an array with an axis of length 1 in place of the vectors.
       axis: the dimension of the vectors, several, or None for all.
       where: elements to include, of a shape that broadcasts with predictions.
     """
@@ -113,5 +125,7 @@ def cosine_similarity(
     except ValueError:
         got = shapes(predictions=predictions, targets=targets)
         raise ValueError(f"cosine_similarity: predictions and targets must broadcast together, got {got}.") from None
-    canonical_axes("cosine_similarity", axis, len(shape))
+    axes = canonical_axes("cosine_similarity", axis, len(shape))
+    rows = tuple(1 if i in axes else n for i, n in enumerate(shape))
+    require_fit("cosine_similarity", rows, "one number a vector", epsilon=epsilon)
     return _cosine(predictions, targets, epsilon, axis, where)[0]
