@@ -37,11 +37,22 @@ def refuse_kinds(who: str, parameters: Mapping[str, inspect.Parameter], given: M
 
 def unbound(who: str, error: TypeError, signature: inspect.Signature, keywords: Mapping[str, Any]) -> TypeError:
     """What to raise where the arguments do not bind: with the signature, without types, and names like one that is unknown."""
-    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    bare = [p.replace(annotation=p.empty, default=_Word.of(p.default)) for p in signature.parameters.values()]
     unknown = [name for name in keywords if name not in signature.parameters]
     near = [n for name in unknown for n in difflib.get_close_matches(name, signature.parameters, 1, cutoff=0.5)]
     hint = f" (did you mean {' and '.join(near)}?)" if near else ""
     return TypeError(f"{who}: {error}{hint}; the signature is {who}{inspect.Signature(bare)}.")
+
+
+class _Word(str):
+    """A function among the defaults, by its name."""
+
+    __repr__ = str.__str__
+
+    @classmethod
+    def of(cls, default: Any) -> Any:
+        is_function = callable(default) and default is not inspect.Parameter.empty
+        return cls(getattr(default, "__name__", "…")) if is_function else default
 
 
 def named(who: str, error: Exception, given: Mapping[str, Any]) -> Exception:

@@ -306,7 +306,10 @@ BAD = [
     (lambda: fb.triplet_margin_loss(X, X, X, margin=jnp.ones(3)), r"triplet_margin_loss: margin has shape \(3,\), expected a"),
     (lambda: fb.kl_divergence(X, jnp.ones((2, 4))), "kl_divergence: shapes that do not broadcast together"),
     (lambda: fb.kl_divergence(X, X, axis=2), "kl_divergence: axis 2 is out of range"),
-    (lambda: fb.poly_loss_cross_entropy(X, jnp.ones((2, 4))), "poly_loss_cross_entropy: labels must broadcast with logits"),
+    (
+        lambda: fb.poly_loss_cross_entropy(X, jnp.ones((2, 4))),
+        "poly_loss_cross_entropy: labels must broadcast to the shape of logits",
+    ),
     (lambda: fb.smooth_labels(LABELS, 0.1), "smooth_labels: labels must be of a floating-point dtype"),
     (lambda: fb.cosine_distance(X, jnp.ones((2, 4))), "cosine_similarity: predictions and targets must broadcast together"),
     (lambda: fb.triplet_margin_loss(X, X, X, norm_degree=0.5), "norm_degree must be 1 or more, got 0.5"),

@@ -324,7 +324,7 @@ BAD = [
     ),
     (
         lambda: fb.softmax_cross_entropy(jnp.ones((3, 4)), jnp.ones((2, 4))),
-        "softmax_cross_entropy: labels must broadcast with logits",
+        "softmax_cross_entropy: labels must broadcast to the shape of logits",
     ),
 ]
 

@@ -16,8 +16,9 @@ the backward of the casts between the dtypes of parameters, input and computatio
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from fbackprop.ops._arithmetic import float_type as float_type
-from fbackprop.refusing import kind
+from fbackprop.refusing import kind, unbound
 
 __all__ = ["Initializer", "Layer", "OpLayer", "Params", "State", "Tape"]
 
@@ -52,7 +53,25 @@ class Tape:
     record: Any = None
 
 
-class Layer:
+class _Options(type):
+    """What a layer is called with: a sentence where its options are others."""
+
+    if not TYPE_CHECKING:  # checkers of types read the options of each layer itself
+
+        @property
+        def __signature__(cls) -> inspect.Signature:
+            _, *options = inspect.signature(cls.__init__).parameters.values()
+            return inspect.Signature(options)
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            try:
+                cls.__signature__.bind(*args, **kwargs)
+            except TypeError as error:
+                raise unbound(cls.__name__, error, cls.__signature__, kwargs) from None
+            return super().__call__(*args, **kwargs)
+
+
+class Layer(metaclass=_Options):
     """The protocol. A layer with ``init``, ``apply``, ``forward`` and ``backward`` works inside all others.
 
     Subclasses are frozen dataclasses: ``@dataclasses.dataclass(frozen=True, repr=False)``.

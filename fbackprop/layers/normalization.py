@@ -1,4 +1,9 @@
-"""Layers that normalize: over the features of one example, over groups of them, over space, or over the examples of a batch."""
+"""Layers that normalize: over the features of one example, over groups of them, over space, or over the examples of a batch.
+
+Flax's ``use_fast_variance`` and ``force_float32_reductions`` are not among their options: sums are in float32 or wider, of
+squares of what is left when the mean is taken off. Only BatchNorm sums over devices (``axis_name``, without groups of them); in
+the others the features of an example are on one.
+"""
 
 import dataclasses
 from typing import Any
@@ -46,7 +51,8 @@ class LayerNorm(_Norm):
     """Gives each vector along the last axis zero mean and unit variance, then scales and shifts it.
 
     x [..., d] -> y [..., d]. Parameters: scale [d], bias [d]. Statistics in float32 or wider.
-    Options and defaults are those of ``flax.linen.LayerNorm``. Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450.
+    Options and defaults are those of ``flax.linen.LayerNorm`` but for how Flax reduces (see above) and for other axes, which
+    ``fbackprop.layer_norm`` has. Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450.
     """
 
     epsilon: float = 1e-6
@@ -65,7 +71,8 @@ class RMSNorm(_Norm):
     """Gives each vector along the last axis a mean square of one, then scales it.
 
     x [..., d] -> y [..., d]. Parameter: scale [d]. Statistics in float32 or wider.
-    Options and defaults are those of ``flax.linen.RMSNorm``. Source: Zhang & Sennrich 2019, arXiv:1910.07467.
+    Options and defaults are those of ``flax.linen.RMSNorm`` but for how Flax reduces (see above) and for other axes, which
+    ``fbackprop.rms_norm`` has. Source: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
 
     epsilon: float = 1e-6
@@ -83,7 +90,8 @@ class GroupNorm(_Norm):
     """Gives each group of channels zero mean and unit variance in each example, then scales and shifts each channel.
 
     x [b, ..., d] -> y [b, ..., d]. Parameters: scale [d], bias [d]. Statistics in float32 or wider.
-    Options and defaults are those of ``flax.linen.GroupNorm``: one of ``num_groups`` and ``group_size``.
+    Options and defaults are those of ``flax.linen.GroupNorm`` but for how and where Flax reduces (see above): one of
+    ``num_groups`` and ``group_size``.
     Source: Wu & He 2018, arXiv:1803.08494.
     """
 
@@ -110,7 +118,8 @@ class InstanceNorm(_Norm):
     """Gives each channel of each example zero mean and unit variance over space, then scales and shifts it.
 
     x [b, *space, d] -> y [b, *space, d]. Parameters: scale [d], bias [d]. Statistics in float32 or wider.
-    Options and defaults are those of ``flax.linen.InstanceNorm``. Source: Ulyanov et al. 2016, arXiv:1607.08022.
+    Options and defaults are those of ``flax.linen.InstanceNorm`` but for how and where Flax reduces (see above).
+    Source: Ulyanov et al. 2016, arXiv:1607.08022.
     """
 
     epsilon: float = 1e-6
@@ -132,7 +141,8 @@ class BatchNorm(_Norm):
     x [..., d] -> y [..., d]. Parameters: scale [d], bias [d]. State: mean [d], var [d], the running statistics, which
     stand in for those of the batch in inference. In training the new state is momentum · old + (1 − momentum) · batch.
     Statistics in float32 or wider, also over the devices of a mesh axis ``axis_name``.
-    Options and defaults are those of ``flax.linen.BatchNorm``; ``train`` takes the place of ``use_running_average``.
+    Options and defaults are those of ``flax.linen.BatchNorm`` but for ``axis``, which is the last, and how Flax reduces (see
+    above); ``train`` takes the place of ``use_running_average``.
     Raises ValueError where the state is missing. Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
     """
 

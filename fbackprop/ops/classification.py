@@ -140,8 +140,8 @@ def poly_loss_cross_entropy(
 ) -> jax.Array:
     """Cross-entropy with more weight on its first term as a polynomial of 1 − p: Σ t (−log p + epsilon (1 − p)).
 
-    logits [..., classes], labels of a shape that broadcasts with it -> [...]. A class with label 0 adds 0 even where its logit
-    is −inf. Source: Leng et al. 2022, arXiv:2204.12511.
+    logits [..., classes], labels of a shape that broadcasts to theirs -> [...]. A class with label 0 adds 0 where its logit
+    is −inf, too. Source: Leng et al. 2022, arXiv:2204.12511.
 
     Args:
       epsilon: what is added to the weight of the first term.
@@ -158,7 +158,7 @@ def poly_loss_cross_entropy(
 def _must_broadcast(who: str, logits: ArrayLike, labels: ArrayLike) -> None:
     have, want = jnp.shape(labels), jnp.shape(logits)
     if len(have) > len(want) or any(a not in (1, b) for a, b in zip(reversed(have), reversed(want))):
-        raise ValueError(f"{who}: labels must broadcast with logits, got {shapes(logits=logits, labels=labels)}.")
+        raise ValueError(f"{who}: labels must broadcast to the shape of logits, got {shapes(logits=logits, labels=labels)}.")
 
 
 class _SmoothSaved(NamedTuple):

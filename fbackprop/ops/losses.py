@@ -453,7 +453,7 @@ def softmax_cross_entropy(
 ) -> jax.Array:
     """Cross-entropy of softmax(logits) against a distribution for each row: −Σ t log softmax(z).
 
-    logits [..., classes], labels of a shape that broadcasts with it -> [...].
+    logits [..., classes], labels of a shape that broadcasts to theirs -> [...].
 
     The labels are usually probabilities, but need not sum to one. A class with label 0 adds 0 even where its logit is −inf.
 
@@ -466,6 +466,6 @@ def softmax_cross_entropy(
     have, want = jnp.shape(labels), jnp.shape(logits)
     if len(have) > len(want) or any(a not in (1, b) for a, b in zip(reversed(have), reversed(want))):
         raise ValueError(
-            f"softmax_cross_entropy: labels must broadcast with logits, got {shapes(logits=logits, labels=labels)}."
+            f"softmax_cross_entropy: labels must broadcast to the shape of logits, got {shapes(logits=logits, labels=labels)}."
         )
     return _soft(logits, labels, axis, _class_mask(where, axis, jnp.ndim(logits))).value
