@@ -38,4 +38,4 @@ def other(leaf: Any) -> Any:
         return jax.random.fold_in(leaf, 1) if not leaf.ndim else leaf
     if leaf.size > 1:
         return jnp.roll(leaf.reshape(-1), 1).reshape(leaf.shape)
-    return leaf * 0.75 if is_floating(leaf) else leaf
+    return leaf * 0.5 if is_floating(leaf) else leaf  # exact: no compiler can contract it with what follows
