@@ -91,6 +91,9 @@ def _backward(saved: _Saved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
     passed = xhat * norm.average(_row_sum(product, scale, axes), n)
     passed = passed if mean_g is None else passed + mean_g
     g = norm.scaled(dy, norm.along(axes, scale, x.ndim), None)
+    if mean is not None and (where is not None or n == 1):
+        # A single element is its own mean. What rounding of its product leaves of the difference, 1 / √ε would make large.
+        g = passed if where is None else jnp.where(where & (n == 1), passed, g)
     dx = rstd * (g - norm.counted(where, passed))
     return dx, jnp.sum(product, rows), jnp.sum(dy, rows)
 
