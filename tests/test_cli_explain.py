@@ -132,6 +132,8 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fbackprop", "explain", *arguments],
             stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=ROOT, start_new_session=True,
+            # Who runs the tests in the background of a shell has it ignored, and a process takes that from its parent.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         os.close(theirs)
         self.text = ""

@@ -1,7 +1,7 @@
 """Tests that every rule gets by standing in RULES. Adding an op adds its tests; nothing here names an op.
 
-By default each rule runs in float32 on its first sample and in bfloat16 on its second; ``--slow`` runs all of them, and
-the other dtypes. Rules of the one-line form are formulas in one and the same code: what that code decides, how it behaves under
+By default each rule runs in float32 on its first sample and, one in two, in bfloat16 on its second; ``--slow`` runs all of
+them, and the other dtypes. Rules of the one-line form are formulas in one and the same code: what that code decides, how it behaves under
 vmap and the like, is by default tested on some of them. Losses that optax has too, which pass optax's own tests
 (test_optax_suite.py), run by default on one sample.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -88,9 +89,10 @@ LIGHT = frozenset(
 def cases(dtypes=("float32",), every=True, some=False):
     """Each rule × sample × dtype. By default: where there are dtypes the first sample in float32 and the second in bfloat16,
     else the first two samples, without ``every`` the first; with ``some`` neither plain rules nor most of the one-line form;
-    of light rules the first sample in float32, with ``every``. The others are slow."""
+    of light rules the first sample in float32, with ``every``. The others are slow, and of bfloat16 one rule in two: the
+    others' turn is in the next version of Python, and .ci/run has both."""
     found = []
-    for rule in RULES.values():
+    for place, rule in enumerate(RULES.values()):
         for number, sample in enumerate(rule.samples):
             for dtype in dtypes:
                 if len(dtypes) > 1:
@@ -98,6 +100,7 @@ def cases(dtypes=("float32",), every=True, some=False):
                 else:
                     slow = number > (1 if every else 0)
                 slow = slow or (some and rule.name in PLAIN) or (rule in ONE_LINE[3:] and (some or dtype != "float32"))
+                slow = slow or (dtype == "bfloat16" and (place + sys.version_info.minor) % 2 == 1)
                 slow = slow or (rule.name in LIGHT and (number > 0 or dtype != "float32" or not every))
                 label = "-".join([rule.name, f"[{sample}]", *([dtype] if len(dtypes) > 1 else [])])
                 given = (rule, sample, dtype) if len(dtypes) > 1 else (rule, sample)
