@@ -1,8 +1,8 @@
 """Tests that every rule gets by standing in RULES. Adding an op adds its tests; nothing here names an op.
 
 By default each rule runs in float32 on its first sample and, one in two, in bfloat16 on its second; ``--slow`` runs all of
-them, and the other dtypes. Rules of the one-line form are formulas in one and the same code: what that code decides, how it behaves under
-vmap and the like, is by default tested on some of them. Losses that optax has too, which pass optax's own tests
+them, and the other dtypes. Rules of the one-line form are formulas in one and the same code: what that code decides, how it
+behaves under vmap and the like, is by default tested on some of them. Losses that optax has too, which pass optax's own tests
 (test_optax_suite.py), run by default on one sample.
 """
 
