@@ -129,12 +129,13 @@ class Terminal:
 
         self.ours, theirs = pty.openpty()
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "LC_ALL": "C.UTF-8", "TERM": "xterm"}
+        # In the background of a shell Ctrl-C is ignored, and a process takes that, unlike a handler, from its parent.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fbackprop", "explain", *arguments],
             stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=ROOT, start_new_session=True,
-            # Who runs the tests in the background of a shell has it ignored, and a process takes that from its parent.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
+        signal.signal(signal.SIGINT, before)
         os.close(theirs)
         self.text = ""
 
