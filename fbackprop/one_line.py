@@ -41,8 +41,7 @@ def elementwise(
     Args:
       derivatives: one function for each argument that is not static, the derivative of the output with respect to it,
         as a function of any of the arguments and of the output ``y``, by name; or ``opposite``. What no derivative names is
-        not kept.
-        They compute in float32 or wider, and a smaller argument that was broadcast receives the sum.
+        not kept. They compute in float32 or wider, and a smaller argument that was broadcast receives the sum.
       narrow: the derivatives to use where x is narrower than float32: a rounded y may say less than x does.
       between: more values that derivatives may name, such as one error in place of a prediction and a target: by name, as
         functions of any of the arguments, by name.

@@ -8,13 +8,13 @@ What JAX or NumPy says when they meet something else gets the name of the op, an
 import difflib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
 
-__all__ = ["first_line", "kind", "named", "refuse_kinds", "sentence", "unbound"]
+__all__ = ["bound", "first_line", "kind", "named", "refuse_kinds", "sentence"]
 
 _NOT_ARRAYS = (str, bytes, list, tuple, dict, set, frozenset)
 
@@ -35,13 +35,25 @@ def refuse_kinds(who: str, parameters: Mapping[str, inspect.Parameter], given: M
             raise TypeError(f"{who}: {name} is {value!r}, expected True or False.")
 
 
-def unbound(who: str, error: TypeError, signature: inspect.Signature, keywords: Mapping[str, Any]) -> TypeError:
-    """What to raise where the arguments do not bind: with the signature, without types, and names like one that is unknown."""
+def bound(who: str, signature: inspect.Signature, args: Sequence[Any], keywords: Mapping[str, Any]) -> inspect.BoundArguments:
+    """The arguments of a call by name.
+
+    Raises:
+      TypeError: where they do not fit: a sentence with the signature, without types, and names like one that is unknown.
+    """
+    try:
+        return signature.bind(*args, **keywords)
+    except TypeError as error:
+        told = str(error)
+    try:
+        signature.bind_partial(*args, **keywords)
+    except TypeError as error:  # a name that is unknown tells more than one that is missing for it
+        told = str(error)
     bare = [p.replace(annotation=p.empty, default=_Word.of(p.default)) for p in signature.parameters.values()]
     unknown = [name for name in keywords if name not in signature.parameters]
     near = [n for name in unknown for n in difflib.get_close_matches(name, signature.parameters, 1, cutoff=0.5)]
     hint = f" (did you mean {' and '.join(near)}?)" if near else ""
-    return TypeError(f"{who}: {error}{hint}; the signature is {who}{inspect.Signature(bare)}.")
+    raise TypeError(f"{who}: {told}{hint}; the signature is {who}{inspect.Signature(bare)}.")
 
 
 class _Word(str):

@@ -33,7 +33,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Var
 
 from fbackprop import context
-from fbackprop.refusing import named, refuse_kinds, unbound
+from fbackprop.refusing import bound, named, refuse_kinds
 from fbackprop.samples import Sample
 
 __all__ = ["RULES", "Op", "Rule", "Saved", "Static", "rule"]
@@ -93,22 +93,19 @@ class Rule:
 
     def split(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The arguments of a call as (arrays in the order of the signature, values of the static ones)."""
-        try:
-            bound = self.signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise unbound(self.name, error, self.signature, kwargs) from None
-        bound.apply_defaults()
+        given = bound(self.name, self.signature, args, kwargs)
+        given.apply_defaults()
         for name in self.static:
             try:
-                hash(bound.arguments[name])
+                hash(given.arguments[name])
             except TypeError:
-                kind = "a traced value" if isinstance(bound.arguments[name], Tracer) else "not hashable"
+                kind = "a traced value" if isinstance(given.arguments[name], Tracer) else "not hashable"
                 raise TypeError(
                     f"{self.name}: {name} is static, so it must be a hashable Python value such as a number, a string or "
-                    f"a tuple; got {bound.arguments[name]!r}, which is {kind}."
+                    f"a tuple; got {given.arguments[name]!r}, which is {kind}."
                 ) from None
-        refuse_kinds(self.name, self.signature.parameters, bound.arguments)
-        return tuple(bound.arguments[n] for n in self.arguments), tuple(bound.arguments[n] for n in self.static)
+        refuse_kinds(self.name, self.signature.parameters, given.arguments)
+        return tuple(given.arguments[n] for n in self.arguments), tuple(given.arguments[n] for n in self.static)
 
     def __deepcopy__(self, memo: Any) -> "Rule":
         return self  # there is one of each, by identity

@@ -101,9 +101,6 @@ def test_slopes_stay_finite_at_huge_inputs():
         assert np.isfinite(jax.grad(lambda x, f=mlp: f(x, eye, jnp.zeros((4, 4)), eye).sum())(x)).all()
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
 @pytest.mark.parametrize(
     ("name", "shapes"),
     [("norm_dense", [(4, 8)]), ("gelu_mlp", [(4, 5), (5, 8)]), ("swiglu_mlp", [(4, 5), (4, 5), (5, 8)])],
@@ -123,6 +120,9 @@ def test_columns_of_the_last_kernel_over_devices(name, shapes):
     mapped = jax.shard_map(lambda *arrays: op(*arrays), mesh=mesh, in_specs=specs, out_specs=columns)
     for ours, whole in zip(gradients(mapped), gradients(op), strict=True):
         np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
 
 
 def test_an_mlp_keeps_what_the_catalogue_asks_for():

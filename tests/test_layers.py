@@ -260,7 +260,7 @@ def test_options_are_those_of_flax(mine, theirs):
             np.testing.assert_array_equal(*arrays)
         else:
             assert field.default == known[field.name]
-    with pytest.raises(TypeError, match=r"unexpected keyword|missing a required argument"):
+    with pytest.raises(TypeError, match="unexpected keyword"):
         mine(features=3, use_bais=False)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from fbackprop.ops._arithmetic import float_type as float_type
-from fbackprop.refusing import kind, unbound
+from fbackprop.refusing import bound, kind
 
 __all__ = ["Initializer", "Layer", "OpLayer", "Params", "State", "Tape"]
 
@@ -65,10 +65,10 @@ class _Options(type):
 
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
             try:
-                cls.__signature__.bind(*args, **kwargs)
-            except TypeError as error:
-                raise unbound(cls.__name__, error, cls.__signature__, kwargs) from None
-            return super().__call__(*args, **kwargs)
+                return super().__call__(*args, **kwargs)
+            except TypeError:
+                bound(cls.__name__, cls.__signature__, args, kwargs)  # says it in a sentence where the options are others
+                raise
 
 
 class Layer(metaclass=_Options):

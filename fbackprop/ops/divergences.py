@@ -78,12 +78,13 @@ def _check(who: str, axis: Axis, where: ArrayLike | None, **arrays: ArrayLike) -
     canonical_axes(who, axis, len(shape))
 
 
-def _cotangents(saved: Any, dy: jax.Array, axis: Axis, *slopes: jax.Array) -> tuple[jax.Array, ...]:
-    """The cotangents that the slopes for l and t give, not yet summed over what was broadcast."""
+def _cotangents(saved: Any, dy: jax.Array, axis: Axis, sizes: Sequence[Any], *slopes: jax.Array) -> tuple[Any, ...]:
+    """The cotangents of l and t, of these shapes, from the slopes for them."""
     shape = jnp.broadcast_shapes(*(s.shape for s in slopes), () if saved.where is None else saved.where.shape)
     g = jnp.broadcast_to(jnp.expand_dims(wide(dy), canonical_axes("", axis, len(shape))), shape)
     g = g if saved.where is None else jnp.where(saved.where, g, 0)
-    return tuple(g * s if saved.where is None else jnp.where(saved.where, g * s, 0) for s in slopes)
+    products = (g * s if saved.where is None else jnp.where(saved.where, g * s, 0) for s in slopes)
+    return *(sum_to(d, own) for d, own in zip(products, sizes)), None
 
 
 def _backward(predicted: Term, target: Term) -> Callable[..., tuple[Any, ...]]:
@@ -91,8 +92,7 @@ def _backward(predicted: Term, target: Term) -> Callable[..., tuple[Any, ...]]:
 
     def backward(saved: _Saved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
         l, t = wide(saved.log_predictions), wide(saved.targets)
-        dl, dt = _cotangents(saved, dy, axis, predicted(l, t), target(l, t))
-        return sum_to(dl, l.shape), sum_to(dt, t.shape), None
+        return _cotangents(saved, dy, axis, (l.shape, t.shape), predicted(l, t), target(l, t))
 
     return backward
 
@@ -191,8 +191,7 @@ def _with_log_forward(
 def _with_log_backward(saved: _LogSaved, dy: jax.Array, *, axis: Axis) -> tuple[Any, ...]:
     t = saved.targets
     e = t if t.dtype == wide_type(t) else jnp.exp(wide(t))
-    dl, dt = _cotangents(saved, dy, axis, -e, e * (wide(saved.gap) + 1))
-    return *(sum_to(d, shape) for d, shape in zip((dl, dt), saved.shapes.value)), None
+    return _cotangents(saved, dy, axis, saved.shapes.value, -e, e * (wide(saved.gap) + 1))
 
 
 def _with_log_bytes(log_predictions: Any, log_targets: Any, where: Any) -> int:
